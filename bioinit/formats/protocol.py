@@ -1,0 +1,69 @@
+"""The seam every format stands behind: what a reader is given, and what it gives back.
+
+A reader looks at a :class:`~bioinit.storage.Folder` (a directory, or a single file presented as a
+folder of one), never at a path of its own, and answers with *where bytes lie*: stored tensors as lists
+of pieces. It returns no tensor and reads no weight byte. Everything after it (planning, loading,
+casting) is the same for every format.
+
+A new format is one new file in this folder that defines ``FORMAT``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from bioinit.layout import Box, Dims
+from bioinit.storage import File, Folder
+
+
+class Piece(NamedTuple):
+    """Where one box of a stored tensor lies: ``files[file]``, ``offset`` bytes in, as ``box`` says.
+
+    ``offset`` is the byte of the file at which ``box.start == 0`` would lie; it need not be aligned.
+    """
+
+    file: int
+    offset: int
+    box: Box
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a checkpoint: global ``shape``, ``dtype`` and the pieces that make it up.
+
+    ``kind`` is ``"weight"``, or ``"optimizer"`` for state that ``init`` never reads.
+    """
+
+    shape: Dims
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    kind: str = "weight"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a format found: its files, its tensors by name, and what it knows about the writer."""
+
+    files: tuple[File, ...]
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data for ``inspect``: writer, version, parallel layout, objects that are not tensors."""
+
+
+Open = Callable[[Folder], "Contents"]
+"""Opens an inner folder or window with whichever format recognizes it (formats nest)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way bytes lie on disk. The name of its file is its name.
+
+    ``recognizes`` must be cheap (names and the first bytes of at most one file) and never raise on
+    foreign input. ``open`` reads headers only and raises ``CheckpointError`` with the cure.
+    """
+
+    recognizes: Callable[[Folder], bool]
+    open: Callable[[Folder, Open], Contents]
