@@ -1,0 +1,103 @@
+"""An ordered table of rules: a dialect's names and layouts to the canonical ones of its family.
+
+The first rule whose pattern matches a key places it. A key that no rule knows is None, never a guess.
+Rules are found by the key's template (its numeric segments as wildcards) in one dictionary look-up;
+only patterns whose wildcards stand for other than numbers are tried one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping as MappingABC, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from bioinit.errors import AmbiguousFormat
+from bioinit.keys import numbers, template
+from bioinit.layout import Box
+from bioinit.rules import Rule, rename
+
+
+class Placed(NamedTuple):
+    """One box of a canonical tensor, as a view of the memory of the dialect's tensor."""
+
+    key: str
+    box: Box
+
+
+class Mapping:
+    """Rules of one dialect, in order. ``Mapping.identity()`` leaves every key as it is."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
+        self._by_template: dict[str, Rule | None] = {}
+        self._views: dict[tuple[int, tuple[Box, ...]], list[tuple[int, tuple[int, ...], Box]]] = {}
+
+    @classmethod
+    def identity(cls) -> Mapping:
+        return cls((rename("**", "**"),))
+
+    def rule_for(self, key: str) -> Rule | None:
+        """The first rule that knows ``key``."""
+        kind = template(key)
+        if kind not in self._by_template:
+            # A pattern either treats all keys of one template alike or names a number in it.
+            matching = [rule for rule in self.rules if rule.pattern.match(key) is not None]
+            first = matching[0] if matching else None
+            if any(_names_a_number(rule.pattern_text) for rule in self.rules):
+                return first
+            self._by_template[kind] = first
+        return self._by_template[kind]
+
+    def place(self, key: str, boxes: tuple[Box, ...]) -> list[Placed] | None:
+        """Where ``boxes`` of the tensor ``key`` lie in the canonical space; None if unknown.
+
+        Raises:
+            MappingError: a rule needs other dims than the tensor has.
+        """
+        rule = self.rule_for(key)
+        if rule is None:
+            return None
+        captures = rule.pattern.match(key)
+        if captures is None:
+            return None
+        if rule.is_rename:
+            name = rule.parts[0].pattern.spell(captures)
+            return [Placed(name, box) for box in boxes]
+        known = self._views.get((id(rule), boxes))
+        if known is None:
+            known = [
+                (number, drawn, box)
+                for number, part in enumerate(rule.parts)
+                for drawn, box in part.views(boxes)
+            ]
+            self._views[id(rule), boxes] = known
+        parts = rule.parts
+        return [Placed(parts[number].key(captures, drawn), box) for number, drawn, box in known]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is not a move of elements: ``run`` computes ``target`` from ``sources``.
+
+    ``target`` is a key of the live model, ``sources`` are stored names in the order that ``run``
+    takes them; ``text`` names the operation for the plan and the receipt.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    text: str
+
+
+class Names(NamedTuple):
+    """Both sides of a load: stored names and live names, each to the canonical space."""
+
+    disk: Mapping
+    memory: Mapping
+    conversions: tuple[Conversion, ...] = ()
+
+
+def _names_a_number(pattern: str) -> bool:
+    return bool(numbers(pattern))
