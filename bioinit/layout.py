@@ -10,7 +10,7 @@ Nothing here touches memory or knows a file: this is arithmetic on integers.
 
 >>> whole = Box.contiguous((4, 6))
 >>> intersect(Box((1, 0), (2, 6), 0, (6, 1)), whole)
-Overlap(sizes=(2, 6), source_start=0, source_strides=(6, 1), target_start=6, target_strides=(6, 1))
+Overlap(sizes=(12,), source_start=0, source_strides=(1,), target_start=6, target_strides=(1,))
 """
 
 from __future__ import annotations

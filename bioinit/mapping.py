@@ -7,14 +7,13 @@ only patterns whose wildcards stand for other than numbers are tried one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping as MappingABC, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from bioinit.errors import AmbiguousFormat
-from bioinit.keys import numbers, template
+from bioinit.keys import Pattern, numbers, template
 from bioinit.layout import Box
 from bioinit.rules import Rule, rename
 
@@ -31,6 +30,10 @@ class Mapping:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
+        # Patterns that name a number tell keys of one template apart, so those are not remembered.
+        self._numbered = [
+            Pattern(template(r.pattern_text)) for r in self.rules if numbers(r.pattern_text)
+        ]
         self._by_template: dict[str, Rule | None] = {}
         self._views: dict[tuple[int, tuple[Box, ...]], list[tuple[int, tuple[int, ...], Box]]] = {}
 
@@ -41,14 +44,12 @@ class Mapping:
     def rule_for(self, key: str) -> Rule | None:
         """The first rule that knows ``key``."""
         kind = template(key)
-        if kind not in self._by_template:
-            # A pattern either treats all keys of one template alike or names a number in it.
-            matching = [rule for rule in self.rules if rule.pattern.match(key) is not None]
-            first = matching[0] if matching else None
-            if any(_names_a_number(rule.pattern_text) for rule in self.rules):
-                return first
+        if kind in self._by_template:
+            return self._by_template[kind]
+        first = next((rule for rule in self.rules if rule.pattern.match(key) is not None), None)
+        if not any(pattern.match(key) for pattern in self._numbered):
             self._by_template[kind] = first
-        return self._by_template[kind]
+        return first
 
     def place(self, key: str, boxes: tuple[Box, ...]) -> list[Placed] | None:
         """Where ``boxes`` of the tensor ``key`` lie in the canonical space; None if unknown.
@@ -98,6 +99,3 @@ class Names(NamedTuple):
     memory: Mapping
     conversions: tuple[Conversion, ...] = ()
 
-
-def _names_a_number(pattern: str) -> bool:
-    return bool(numbers(pattern))

@@ -1,0 +1,94 @@
+"""What a live model offers as destinations: keys, global shapes, local boxes and ties.
+
+A target is described, never touched: the module may be on the meta device. A parameter that several
+names share (a tied embedding) is one memory; the first name in state-dict order owns it, the others
+say whom they are tied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from bioinit.errors import ConfigError
+from bioinit.layout import Box, Dims
+
+
+class Target(NamedTuple):
+    """A parameter or buffer of the live model.
+
+    ``shape`` is global; ``boxes`` say which regions of it lie in local memory and how (strides of
+    the tensor itself, so a non-contiguous parameter is described as it is). ``tied_to`` is the key
+    that owns the memory, or None. ``persistent`` is False for a buffer outside the state dict.
+    """
+
+    key: str
+    shape: Dims
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    is_buffer: bool
+    persistent: bool
+    tied_to: str | None
+
+
+class Slot(NamedTuple):
+    """Where a tensor is registered: the module, the attribute name, and the tensor now there."""
+
+    key: str
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor
+    is_buffer: bool
+    persistent: bool
+
+
+def slots(root: nn.Module) -> Iterator[Slot]:
+    """Every registered parameter and buffer, in state-dict order, shared modules once per name."""
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        prefix, module = pending.pop()
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Slot(prefix + name, module, name, parameter, False, True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in module._non_persistent_buffers_set
+                yield Slot(prefix + name, module, name, buffer, True, persistent)
+        children = [(f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None]
+        pending.extend(reversed(children))
+
+
+def describe(root: nn.Module) -> dict[str, Target]:
+    """The targets of ``root`` by state-dict key, non-persistent buffers included.
+
+    Raises:
+        ConfigError: a parameter is a DTensor; its shards are not described yet.
+    """
+    owners: dict[int, str] = {}
+    boxes: dict[tuple[Dims, Dims], tuple[Box, ...]] = {}
+    found: dict[str, Target] = {}
+    for slot in slots(root):
+        tensor = slot.tensor
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "device_mesh"):
+            raise ConfigError(
+                f"{slot.key} is a DTensor; loading into sharded parameters is not there yet. "
+                "Load first, then shard."
+            )
+        shape = tuple(tensor.shape)
+        layout = (shape, tensor.stride())
+        if layout not in boxes:
+            boxes[layout] = (Box((0,) * len(shape), shape, 0, tensor.stride()),)
+        owner = owners.setdefault(id(tensor), slot.key)
+        found[slot.key] = Target(
+            slot.key,
+            shape,
+            tensor.dtype,
+            boxes[layout],
+            slot.is_buffer,
+            slot.persistent,
+            None if owner == slot.key else owner,
+        )
+    return found
