@@ -1,0 +1,81 @@
+"""The seam for families: what a model is, how its config is spelled, and what its tensors are called.
+
+A family owns a config class (in the field's names), one account per saved config of where each of its
+fields went, and one table of names per dialect. Tables lead to the family's canonical space and never
+to one another, so a dialect is one table and a backend is one table.
+
+A new family is one new file in this folder that defines ``FAMILY``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from bioinit.backends.protocol import Backend
+from bioinit.config import TrainableModelConfig
+from bioinit.contexts.protocol import Context
+from bioinit.layout import Dims
+from bioinit.mapping import Names
+
+Fate = Literal["mapped", "carried", "ignored", "unknown"]
+
+
+class SavedField(NamedTuple):
+    """The value a checkpoint's own config gives to one field of ours.
+
+    ``literal`` says that it is written in the saved config; otherwise it is the default of the class
+    that wrote it. ``where`` names the file and the field there, for messages.
+    """
+
+    value: Any
+    literal: bool
+    where: str
+
+
+class SourceField(NamedTuple):
+    """What became of one field of a saved config: ``fate``, and ``note`` (the new name or why)."""
+
+    name: str
+    fate: Fate
+    note: str
+
+
+class ReadFields(NamedTuple):
+    """A saved config in our fields, and the account of every field that it had."""
+
+    fields: dict[str, SavedField]
+    account: tuple[SourceField, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models. The name of its file is its name."""
+
+    recognizes: Callable[[Context], bool]
+    """Whether the saved config describes a model of this family; must not raise."""
+
+    config_for: Callable[[Context | None], type[TrainableModelConfig]]
+    """The config class, with the fields that this checkpoint's kind of model has."""
+
+    read_fields: Callable[[Context], ReadFields]
+
+    write_fields: Callable[[TrainableModelConfig], dict[str, Any]]
+    """The config as the ``hf`` dialect spells it: what ``config.json`` will say."""
+
+    architectures: Callable[[type[TrainableModelConfig]], tuple[str, ...]]
+    """What ``model.architecture`` may be: class names and task names."""
+
+    build: Callable[[TrainableModelConfig], nn.Module]
+    """Constructs the module; always called inside ``backend(config).build``."""
+
+    backend: Callable[[TrainableModelConfig], Backend]
+
+    names: Callable[[TrainableModelConfig, nn.Module, str, Mapping[str, Dims]], Names]
+    """Tables for a config, its model (on meta), a dialect and the stored names with their shapes."""
+
+    dialect_of: Callable[[Iterable[str]], str | None]
+    """Whose spelling these stored names are, or None if nobody's that this family knows."""
