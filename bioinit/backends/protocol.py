@@ -1,18 +1,18 @@
 """The seam for backends: who constructs a module, initializes what is new in it, and saves it.
 
-A family says *what* is built; a backend says *how a module of that kind comes to be*. The three things
-that differ between a ``transformers`` model and a person's own ``nn.Module`` are how it is constructed
-without memory, which code gives a new parameter its first value, and what its saved files look like.
+A family says *what* is built; a backend says *how a module of that kind comes to be*. What differs
+between a ``transformers`` model and a person's own ``nn.Module`` is how it is constructed without
+memory, which code gives a new parameter its first value, and what its saved files look like.
 
-Between ``build`` and ``initialize`` the parameters (and the buffers that ``build`` left on meta) are
-given memory by ``load``; a backend never allocates or copies a parameter itself.
+Between ``build`` and ``initialize``, ``load`` gives memory to the parameters, and to the buffers that
+``build`` left on meta. A backend never allocates a parameter and never copies into one.
 
 A new backend is one new file in this folder that defines ``BACKEND``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,20 +20,40 @@ from typing import Protocol
 import torch
 from torch import nn
 
+Make = Callable[[], nn.Module]
+"""Constructs the module. Calling it twice gives two modules with the same names and shapes."""
+
+
+class Watch(Protocol):
+    """What ``load`` wants to hear while an initializer runs: whose values are being made.
+
+    It reseeds every random call by the name of the tensor that the call fills, and sees which
+    tensors were written. A tensor of the live model is known to it already.
+    """
+
+    def entering(self, path: str) -> None:
+        """Code that initializes the module ``path`` ("" is the root), or below it, runs next."""
+
+    def stands_for(self, tensor: torch.Tensor, key: str) -> None:
+        """From now on, ``tensor`` is to be treated as if it were the live tensor ``key``."""
+
 
 class Initialize(Protocol):
     """Runs the architecture's own initializer over the whole model, in its own order."""
 
     def __call__(
-        self, model: nn.Module, loaded: Collection[str], entering: Callable[[str], None]
-    ) -> None:
+        self, model: nn.Module, make: Make, loaded: Collection[str], watch: Watch
+    ) -> Mapping[str, torch.Tensor]:
         """Give every parameter and buffer that is not in ``loaded`` its initial value.
 
         Args:
             model: real memory everywhere; what is not in ``loaded`` holds left-over bytes.
-            loaded: state-dict keys that already have their value and must keep it.
-            entering: called with the dotted path of a module ("" is the root) just before code
-                that initializes that module, or its direct children, runs.
+            make: the constructor that ``build`` was given.
+            loaded: state-dict keys (and names of non-persistent buffers) whose value must stay.
+            watch: is told what is being initialized.
+
+        Returns:
+            Values by key that are not in the live model yet: ``load`` copies them there.
         """
 
 
@@ -41,8 +61,9 @@ class Initialize(Protocol):
 class Backend:
     """One way a module comes to be. The name of its file is its name."""
 
-    build: Callable[[Callable[[], nn.Module]], nn.Module]
-    """Calls the constructor; parameters end on meta, tied ones are one object, none has memory."""
+    build: Callable[[Make], nn.Module]
+    """Calls the constructor. Parameters end on meta, tied ones are one object. Buffers are real
+    where their constructor's value counts, and on meta where ``initialize`` will compute them."""
 
     initialize: Initialize
 
