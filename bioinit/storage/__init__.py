@@ -6,6 +6,7 @@ Nothing here knows a format. Every error of the operating system leaves this roo
 
 from __future__ import annotations
 
-from bioinit.storage.read import File, Folder, disk_error
+from bioinit.storage.file import File, disk_error
+from bioinit.storage.folder import Folder
 
 __all__ = ["File", "Folder", "disk_error"]

@@ -1,0 +1,203 @@
+"""How bytes lie on disk: one sibling per format, and the dispatcher that asks them.
+
+The folder is the list: a file here that defines ``FORMAT`` is a format, and its name is that of the
+format; packages add more through the entry-point group ``bioinit.formats``. A sibling is imported
+only when it is asked for. Siblings read single files, or whole directories of their own kind. A
+directory that merely holds complete weight files side by side is the dispatcher's own business, so
+that every single-file format can be sharded without knowing it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
+from typing import NoReturn
+
+from bioinit.errors import (
+    AmbiguousFormat,
+    ConfigError,
+    CorruptCheckpoint,
+    RefusedCheckpoint,
+    UnknownFormat,
+)
+from bioinit.formats import _directory
+from bioinit.formats.protocol import Contents, Format
+from bioinit.storage import File, Folder
+
+__all__ = ["load", "names", "open_weights"]
+
+GROUP = "bioinit.formats"
+_NOT_FORMATS = {"protocol"}
+_LFS_POINTER = b"version https://git-lfs"
+_FIRST_WORDS = (
+    (_LFS_POINTER, "It is the pointer that Git LFS left in its place: run `git lfs pull`."),
+    (b"<!DOCTYPE", "It is a web page, probably an error of the server: download it again."),
+    (b"<html", "It is a web page, probably an error of the server: download it again."),
+    (b"\x80", "It may be a bare pickle: load it where you trust it and write a safetensors file."),
+    (b"GGUF", "It is a GGUF file, made for inference: point at the weights it was made from."),
+    (b"\x89HDF", "It is an HDF5 file: point at the safetensors or torch weights instead."),
+)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all formats: files of this folder, then entry points."""
+    return (*_siblings(), *_plug_ins())
+
+
+def load(name: str) -> Format:
+    """The format called ``name``, imported now.
+
+    Raises:
+        ConfigError: there is none of that name, or a plug-in that has it does not import.
+    """
+    if name in _siblings():
+        module = import_module(f"{__name__}.{name}")
+        found = module.FORMAT
+    elif name in _plug_ins():
+        entry = _plug_ins()[name]
+        try:
+            found = entry.load()
+        except ImportError as error:
+            raise ConfigError(
+                f"the format {name!r} ({entry.value}) does not import: {error}. Repair or "
+                "uninstall the package that brings it."
+            ) from error
+    else:
+        raise ConfigError(f"there is no format {name!r}. Known formats: {', '.join(names())}.")
+    if not isinstance(found, Format):
+        raise ConfigError(
+            f"the format {name!r} is a {type(found).__name__}, not a Format. Its entry point must "
+            "name the FORMAT of its module."
+        )
+    return found
+
+
+def open_weights(folder: Folder) -> tuple[str, Contents]:
+    """The name of the format that recognizes ``folder``, and what it found from headers alone.
+
+    An index file, or one shard of a numbered set, stands for the directory it lies in.
+
+    Raises:
+        UnknownFormat: no format recognizes it.
+        AmbiguousFormat: more than one does, or several sets of weights lie side by side.
+        CorruptCheckpoint: it contradicts itself.
+    """
+    with _collector_paused():
+        around = folder.around
+        if around is not None and _directory.stands_for_directory(folder.names()[0]):
+            return _open_directory(around, pointed_at=folder.names()[0])
+        return _open_one(folder) if folder.is_file else _open_directory(folder)
+
+
+def _open_inner(folder: Folder) -> Contents:
+    return open_weights(folder)[1]
+
+
+def _open_one(folder: Folder) -> tuple[str, Contents]:
+    """Open what exactly one format recognizes."""
+    fitting = _fitting(folder)
+    if not fitting and folder.is_file:
+        _raise_unknown_file(folder.file(folder.names()[0]))
+    name = _only(folder, fitting)
+    return name, load(name).open(folder, _open_inner)
+
+
+def _open_directory(folder: Folder, pointed_at: str | None = None) -> tuple[str, Contents]:
+    """Open a directory: a format of its own, or weight files side by side."""
+    fitting = _fitting(folder)
+    if fitting:
+        name = _only(folder, fitting)
+        return name, load(name).open(folder, _open_inner)
+    chosen = _directory.choose(folder, pointed_at=pointed_at)
+    if chosen is None:
+        _raise_unknown_directory(folder)
+    opened = [(name, *_open_one(folder.lone(name))) for name in chosen.files]
+    contents = _directory.gather(chosen, [(name, found) for name, _, found in opened])
+    return "+".join(sorted({format_name for _, format_name, _ in opened})), contents
+
+
+def _fitting(folder: Folder) -> list[str]:
+    return [name for name in names() if load(name).recognizes(folder)]
+
+
+def _only(folder: Folder, fitting: list[str]) -> str:
+    if len(fitting) > 1:
+        raise AmbiguousFormat(
+            f"{folder.path} is recognized by more than one format: {', '.join(fitting)}. Point at "
+            "the file or folder inside it that is meant, or uninstall the plug-in that is not."
+        )
+    return fitting[0]
+
+
+def _raise_unknown_file(file: File) -> NoReturn:
+    start = file.read(0, min(file.size, 64))
+    if not start:
+        raise CorruptCheckpoint(f"{file} is empty: 0 bytes. Fetch or write it again.")
+    hints = [hint for word, hint in _FIRST_WORDS if start.startswith(word)]
+    if start.startswith(_LFS_POINTER):
+        raise RefusedCheckpoint(f"{file} holds no weights. {hints[0]}")
+    raise UnknownFormat(
+        f"no format recognizes {file} ({file.size} bytes, beginning with {start[:16]!r}). Known "
+        f"formats: {', '.join(names())}. "
+        + (hints[0] if hints else "Check the path, or fetch or write the file again.")
+    )
+
+
+def _raise_unknown_directory(folder: Folder) -> NoReturn:
+    files, inner = folder.names(), [f"{name}/" for name in folder.folders()]
+    seen = [*inner, *files]
+    if not seen:
+        raise UnknownFormat(
+            f"{folder.path} is an empty directory. Check the path, or fetch the checkpoint again."
+        )
+    shown = ", ".join(seen[:8]) + (f" and {len(seen) - 8} more" if len(seen) > 8 else "")
+    cure = "Check the path, or fetch the weights again."
+    if inner:
+        cure = f"Point at the folder inside it that holds the weights, such as {inner[0]}"
+    raise UnknownFormat(
+        f"no format recognizes the directory {folder.path}, which holds {shown}. Known formats: "
+        f"{', '.join(names())}. {cure}"
+    )
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without Python's cycle collector: it would walk the growing tables again and again.
+
+    Building 50 000 entries takes several times as long with it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@cache
+def _siblings() -> tuple[str, ...]:
+    return tuple(
+        sorted(
+            module.name
+            for module in iter_modules(__path__)
+            if not module.name.startswith("_") and module.name not in _NOT_FORMATS
+        )
+    )
+
+
+@cache
+def _plug_ins() -> dict[str, EntryPoint]:
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    taken = sorted(found.keys() & set(_siblings()))
+    if taken:
+        raise ConfigError(
+            f"the entry point {found[taken[0]].value} in the group {GROUP!r} takes the name "
+            f"{taken[0]!r} of one of bioinit's own formats. Rename it, or uninstall its package."
+        )
+    return found

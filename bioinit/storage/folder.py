@@ -1,0 +1,194 @@
+"""Folders of files, for reading: a directory, or a single file presented as a folder of one.
+
+A reader that is given a :class:`Folder` never cares which of the two a person pointed at. Names
+that a checkpoint gives are followed only inside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
+from bioinit.storage.file import File, disk_error
+
+
+class Folder:
+    """A directory, or a single file as a folder of one. Names in it are relative, with ``/``."""
+
+    def __init__(self, path: Path, *, only: str | None = None) -> None:
+        self.path = path
+        self._only = only
+        self._entries: dict[str, bool] | None = None
+        self._files: dict[str, File] = {}
+
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """The folder at ``path``.
+
+        Raises:
+            StorageError: there is nothing, or nothing that can be looked into.
+        """
+        absolute = Path(os.path.abspath(os.path.expanduser(path)))
+        try:
+            mode = os.stat(absolute).st_mode
+        except OSError as error:
+            raise disk_error(error, f"read {absolute}") from error
+        if stat.S_ISDIR(mode):
+            return cls(absolute)
+        if stat.S_ISREG(mode):
+            return cls(absolute, only=absolute.name)
+        raise StorageError(
+            f"cannot read {absolute}: it is neither a file nor a directory. Check the path."
+        )
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self.path)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a person pointed at a single file."""
+        return self._only is not None
+
+    @property
+    def around(self) -> Folder | None:
+        """The directory a single file lies in; None for a directory."""
+        return Folder(self.path.parent) if self.is_file else None
+
+    def names(self, *, deep: bool = False) -> tuple[str, ...]:
+        """Names of the files here, sorted; with ``deep`` those of all inner folders too."""
+        here = [name for name, is_folder in self._listing().items() if not is_folder]
+        if deep:
+            for inner in self.folders():
+                here.extend(f"{inner}/{name}" for name in self.folder(inner).names(deep=True))
+        return tuple(sorted(here))
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the inner folders, sorted."""
+        return tuple(sorted(name for name, is_folder in self._listing().items() if is_folder))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name. Names that lead out of the folder are not here."""
+        if not _stays_inside(name):
+            return False
+        if "/" not in name:
+            return self._listing().get(name) is False
+        return not self.is_file and (self.path / name).is_file()
+
+    def file(self, name: str) -> File:
+        """The file called ``name``; the same object for the same name.
+
+        Raises:
+            RefusedCheckpoint: the name leads out of this folder.
+            StorageError: there is no such file.
+        """
+        found = self._files.get(name)
+        if found is None:
+            self.require_inside(name)
+            if self.is_file and name != self._only:
+                raise StorageError(f"cannot read {self.path}/{name}: {self.path} is a file.")
+            found = File.at(self.path if self.is_file else self.path / name, name)
+            self._files[name] = found
+        return found
+
+    def require_inside(self, name: str) -> None:
+        """Refuse a ``name`` that a checkpoint gave, if it leads out of this folder."""
+        if not _stays_inside(name):
+            raise RefusedCheckpoint(
+                f"the checkpoint at {self.path} names the file {name!r}, which leads out of it. "
+                "Only plain relative names are followed: get the checkpoint from a source you "
+                "trust, or correct the name."
+            )
+
+    def folder(self, name: str) -> Folder:
+        """The inner folder called ``name``."""
+        if not _stays_inside(name) or self.is_file or not (self.path / name).is_dir():
+            raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
+        return Folder(self.path / name)
+
+    def lone(self, name: str) -> Folder:
+        """The file called ``name`` as a folder of one, sharing its descriptor with this folder."""
+        file = self.file(name)
+        alone = Folder(file.path, only=file.path.name)
+        alone._files[file.path.name] = file
+        return alone
+
+    def read_text(self, name: str) -> str:
+        """The text of a file.
+
+        Raises:
+            CorruptCheckpoint: it is not UTF-8.
+        """
+        file = self.file(name)
+        try:
+            return file.read(0, file.size).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptCheckpoint(
+                f"{file} is not UTF-8 text: {error.reason} at byte {error.start}. Fetch or write "
+                "it again."
+            ) from error
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON file.
+
+        Raises:
+            CorruptCheckpoint: it is not JSON, or an object in it has the same key twice.
+        """
+        text = self.read_text(name)
+        try:
+            return json.loads(text, object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpoint(
+                f"{self.file(name)} is not usable JSON: {error}. Fetch or write it again."
+            ) from error
+
+    def close(self) -> None:
+        """Close every file that was asked for."""
+        for file in self._files.values():
+            file.close()
+
+    def _listing(self) -> dict[str, bool]:
+        """Name of every entry, and whether it is a folder. Anything else is not listed."""
+        if self._entries is None:
+            if self._only is not None:
+                self._entries = {self._only: False}
+            else:
+                try:
+                    with os.scandir(self.path) as entries:
+                        kinds = [(entry.name, entry.is_dir(), entry.is_file()) for entry in entries]
+                except OSError as error:
+                    raise disk_error(error, f"list {self.path}") from error
+                self._entries = {
+                    name: is_dir for name, is_dir, is_file in kinds if is_dir or is_file
+                }
+        return self._entries
+
+
+def _stays_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    plain = "/".join(parts) == name and "\0" not in name
+    return plain and bool(parts) and not name.startswith("/") and ".." not in parts
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
