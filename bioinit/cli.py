@@ -1,0 +1,345 @@
+"""The command line: verbs in, exit codes out.
+
+Results go to stdout, progress and messages to stderr. Every failure is one message and one exit
+code; a traceback is shown only with ``BIOINIT_DEBUG=1``. At import this room knows argparse and
+nothing heavier, so ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from bioinit.version import __version__
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+    from bioinit.config import Run
+    from bioinit.contexts import Checkpoint
+
+INTERRUPTED = 130
+STORAGE = 5
+USAGE = 2
+BUG = 1
+
+_OVERRIDES = """\
+overrides:
+  recipe=NAME                     a name from `bioinit recipes`, or ./mine.yaml
+  model.initial_ckpt_path=PATH    the checkpoint to start from
+  model.num_labels=3              any other key of the recipe; + is never needed
+  model=esm2_3b init=strict       a preset of the groups model, init, placement, output
+  output_dir=PATH                 where `init` writes
+"""
+_EXITS = (
+    "exit codes: 0 done, 2 usage or configuration, 3 the plan has problems, 4 checkpoint unusable, "
+    "5 file system, 130 interrupted"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}. See {self.prog} --help.", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+class Verb(NamedTuple):
+    """One word of the command line: what it says of itself, what it takes, what it does."""
+
+    about: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            # A recipe may name a class of the project it lies in; `python -m` would find it.
+            sys.path.append(os.getcwd())
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return _failed("interrupted: nothing was left under a final name", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _failed(*_explained(error))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="bioinit",
+        description="Start a fine-tune from a checkpoint: every parameter accounted for.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:<9}{verb.about}" for name, verb in VERBS.items())
+        + f"\n\n`bioinit VERB --help` says more.\n{_EXITS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bioinit {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
+    verb = parser.parse_args(arguments[:1]).verb
+    sub = _Parser(
+        prog=f"bioinit {verb}",
+        description=VERBS[verb].about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    VERBS[verb].arguments(sub)
+    return VERBS[verb].run(sub.parse_intermixed_args(arguments[1:]))
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    from bioinit.errors import BioinitError
+
+    if isinstance(error, BioinitError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"the file system said no: {error}", STORAGE
+    return (
+        f"internal error, {type(error).__name__}: {error}. This is a bug of bioinit; "
+        "BIOINIT_DEBUG=1 shows where. Please report it with that.",
+        BUG,
+    )
+
+
+def _failed(message: str, code: int) -> int:
+    if os.environ.get("BIOINIT_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    print(f"bioinit: {message}", file=sys.stderr)
+    return code
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see below")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
+    parser.add_argument("-c", "--cfg", choices=["job"], help="print the composed recipe and stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.epilog = f"{_OVERRIDES}\n{_EXITS}"
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    return _each_job(arguments, _init_one)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    return _each_job(arguments, _plan_one)
+
+
+class Outcome(NamedTuple):
+    """What one job gave: its document, the same for a person, and its exit code."""
+
+    document: dict[str, Any]
+    text: str
+    code: int
+
+
+def _each_job(arguments: argparse.Namespace, run: Callable[[fdl.Config[Run]], Outcome]) -> int:
+    from bioinit import recipe
+
+    jobs = recipe.jobs(arguments.overrides, multirun=arguments.multirun)
+    if arguments.cfg:
+        trees = [recipe.compose_tree(job.recipe, job.overrides).render() for job in jobs]
+        print("---\n".join(trees), end="")
+        return 0
+    # All are composed before one runs: a misspelt key in the last job stops the first.
+    records = [recipe.compose(job.recipe, job.overrides) for job in jobs]
+    code, documents = 0, []
+    for job, record in zip(jobs, records, strict=True):
+        if job.number is not None:
+            _say(f"job {job.number}: recipe={' '.join([job.recipe, *job.overrides])}")
+            if record.output_dir is not None:
+                record.output_dir = os.path.join(record.output_dir, str(job.number))
+        outcome = run(record)
+        documents.append(outcome.document)
+        if not arguments.json:
+            print(outcome.text, flush=True)
+        code = code or outcome.code
+    if arguments.json:
+        _print_json(documents if arguments.multirun else documents[0])
+    return code
+
+
+def _plan_one(record: fdl.Config[Run]) -> Outcome:
+    from bioinit.errors import PlanError
+    from bioinit.initialize import plan
+
+    decided = plan(record)
+    if decided.problems:
+        _say(f"the plan has {len(decided.problems)} problem(s)")
+    code = PlanError.exit_code if decided.problems else 0
+    return Outcome(decided.to_json(), decided.render(), code)
+
+
+def _init_one(record: fdl.Config[Run]) -> Outcome:
+    from bioinit.initialize import initialize
+
+    with _progress() as progress:
+        done = initialize(record, progress=progress)
+    done.report.raise_for_problems()
+    if done.config.output_dir is None:
+        _say("output_dir is not set: nothing was written")
+    return Outcome(done.report.to_json(), f"{done.plan.render()}\n{done.report.render()}", 0)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar by bytes on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = ("loading", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's folder or file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--tensors", action="store_true", help="list every stored tensor")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from bioinit.contexts import open_checkpoint
+
+    with open_checkpoint(arguments.checkpoint) as checkpoint:
+        document = _described(checkpoint, arguments.tensors)
+    if arguments.json:
+        _print_json(document)
+    else:
+        print("\n".join(_inspect_lines(document)))
+    return 0
+
+
+def _described(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
+    from bioinit import families
+    from bioinit.layout import numel
+
+    dtypes: dict[str, dict[str, int]] = {}
+    for tensor in checkpoint.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts = dtypes.setdefault(name, {"tensors": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["bytes"] += numel(tensor.shape) * tensor.dtype.itemsize
+    context = checkpoint.context
+    document: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "dialect": checkpoint.dialect,
+        "family": families.name_of(context, checkpoint.tensors),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.bytes,
+        "dtypes": dtypes,
+        "files": [{"path": str(file.path), "bytes": file.size} for file in checkpoint.files],
+        "context": None
+        if context is None
+        else {
+            "dialect": context.dialect,
+            "where": context.where,
+            "model": context.model,
+            "data": dict(context.data),
+        },
+        "metadata": dict(checkpoint.metadata),
+        "digest": checkpoint.digest,
+    }
+    if with_tensors:
+        document["tensor_list"] = [
+            {
+                "key": key,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
+            for key, tensor in checkpoint.tensors.items()
+        ]
+    return document
+
+
+def _inspect_lines(document: dict[str, Any]) -> Iterator[str]:
+    from bioinit.report import human_bytes
+
+    for key in ("path", "format", "dialect", "family"):
+        yield f"{key:<9}{document[key] or 'unknown'}"
+    yield f"tensors  {document['tensors']}, {human_bytes(document['bytes'])}"
+    for name, counts in document["dtypes"].items():
+        yield f"dtype    {name}: {counts['tensors']} tensors, {human_bytes(counts['bytes'])}"
+    for file in document["files"]:
+        yield f"file     {file['path']}, {human_bytes(file['bytes'])}"
+    context = document["context"]
+    if context is None:
+        yield "context  none: nothing here says what model this is"
+    else:
+        yield f"context  {context['where']}, {context['model'] or 'no model named'}"
+        for key, value in context["data"].items():
+            yield f"         {key}: {value}"
+    for tensor in document.get("tensor_list", ()):
+        shape = "x".join(map(str, tensor["shape"])) or "scalar"
+        yield f"{tensor['dtype']:<9}{shape:<16}{tensor['key']}"
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="what `bioinit init` wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from bioinit.save import verify
+
+    changes = verify(arguments.directory)
+    if arguments.json:
+        _print_json(changes)
+    return 0
+
+
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one, composed")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from bioinit import recipe
+
+    if arguments.name is not None:
+        composed = recipe.compose_tree(arguments.name)
+        if arguments.json:
+            _print_json(composed.tree)
+        else:
+            print(composed.render(), end="")
+        return 0
+    about = {name: recipe.sources.summary(recipe.sources.find(name)) for name in recipe.names()}
+    if arguments.json:
+        _print_json([{"name": name, "about": text} for name, text in about.items()])
+        return 0
+    width = max(map(len, about), default=0)
+    for name, text in about.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _say(message: str) -> None:
+    print(f"bioinit: {message}", file=sys.stderr)
+
+
+def _print_json(document: Any) -> None:
+    from bioinit.report import dumps
+
+    print(dumps(document))
+
+
+VERBS = {
+    "init": Verb("merge, build, load, and write output_dir", _run_arguments, _init),
+    "plan": Verb("everything but reading weights: print what would be done", _run_arguments, _plan),
+    "inspect": Verb("what a checkpoint holds, from its headers", _inspect_arguments, _inspect),
+    "verify": Verb("recompute the digests of a receipt", _verify_arguments, _verify),
+    "recipes": Verb("list the recipes, or show one composed", _recipes_arguments, _recipes),
+}

@@ -1,0 +1,214 @@
+"""From a recipe's name and a person's words to the record of a run.
+
+Hydra composes plain trees and nothing else: the presets, the recipe that chooses them, the words of
+the command line, in this order. Which of them said what is kept for every key, because a value that a
+person *wrote* is treated differently from a default. The schema judges once, when the record is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fiddle as fdl
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bioinit.errors import ConfigError
+from bioinit.keys import suggestion
+from bioinit.record import Origin
+from bioinit.recipe import sources
+from bioinit.recipe.overrides import Job, Word, jobs
+from bioinit.recipe.sources import Document, Source
+
+__all__ = ["Composed", "Job", "compose", "compose_tree", "jobs", "sources"]
+
+_ROOT = "bioinit_run"
+_NOT_A_FIELD = ("defaults", *sources.GROUPS)
+_OWN = "own"
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+# Hydra and its config store are one per process: two threads may not compose at once.
+_COMPOSING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A recipe and its overrides as plain data, and who wrote each key of it."""
+
+    tree: dict[str, Any]
+    origins: dict[str, Origin]
+
+    def render(self) -> str:
+        """The tree as YAML, itself a recipe file: what is literal here is escaped there."""
+        order = ("family", *sources.GROUPS, "output_dir")
+        keys = [key for key in order if key in self.tree]
+        keys += [key for key in self.tree if key not in order]
+        tree = _each_text({key: self.tree[key] for key in keys}, _escaped)
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def compose_tree(name: str, overrides: Sequence[str] = ()) -> Composed:
+    """Compose without judging: Hydra only, no torch.
+
+    Raises:
+        ConfigError: no such recipe or preset, invalid YAML, or a word that is no ``key=value``.
+        StorageError: a person's own recipe file cannot be read.
+    """
+    words = [Word.typed(text) for text in overrides]
+    for word in words:
+        if word.key == "recipe":
+            raise ConfigError(f"{word.text!r}: the recipe is already {name!r}. Leave this out.")
+        word.check()
+    recipe = sources.find(name)
+    literals: dict[str, str] = {}
+    passed = [f"recipe={_option(recipe)}", *(_for_hydra(word, literals) for word in words)]
+    with _COMPOSING, _registered(recipe) as documents, _as_config_errors(recipe):
+        folder = str(sources.shipped("conf"))
+        with initialize_config_dir(config_dir=folder, version_base="1.3"):
+            config = hydra_compose(_ROOT, overrides=passed)
+            loader = GlobalHydra.instance().config_loader()
+            parts = loader.compute_defaults_list(_ROOT, passed, RunMode.RUN).defaults
+        tree: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    merged = [part.config_path for part in parts if not part.config_path.startswith("hydra/")]
+
+    def spell_out(text: str) -> str:
+        for token, path in literals.items():
+            text = text.replace(token, path)
+        return text
+
+    return Composed(_each_text(tree, spell_out), _origins(merged, documents, recipe, words))
+
+
+def _option(recipe: Source) -> str:
+    return _OWN if recipe.is_own else recipe.name
+
+
+def _for_hydra(word: Word, literals: dict[str, str]) -> str:
+    """The word as Hydra gets it. A path travels as a token, so no character of it is parsed."""
+    if word.chooses_preset:
+        return word.text
+    if not word.is_path:
+        return f"++{word.key}={word.value}"
+    if word.path is None:
+        return f"++{word.key}=null"
+    token = f"literal-{len(literals)}-of-bioinit"
+    literals[token] = word.path
+    return f"++{word.key}={token}"
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """``value`` with ``change`` applied to every text in it, keys left alone."""
+    if isinstance(value, dict):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    """``text`` so that OmegaConf reads ``${`` in it as two characters."""
+    return _INTERPOLATION.sub(lambda found: found[1] * 2 + "\\${", text)
+
+
+@contextmanager
+def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
+    """Recipes as options of Hydra's group ``recipe``; a folder outside ``conf/`` cannot be one."""
+    found = [sources.find(name) for name in sources.names()]
+    documents: dict[str, Document] = {}
+    store = ConfigStore.instance()
+    before = store.repo.pop("recipe", None)
+    try:
+        for source in [*found, *([recipe] if recipe.is_own else [])]:
+            option = _option(source)
+            document = sources.parse(source.path, source.name)
+            documents[f"recipe/{option}"] = document
+            group, _, leaf = f"recipe/{option}".rpartition("/")
+            store.store(group=group, name=leaf, node=document.tree, package="_global_")
+        defaults: list[Any] = [{group: None} for group in sources.GROUPS]
+        store.store(name=_ROOT, node={"defaults": [*defaults, {"recipe": "???"}, "_self_"]})
+        yield documents
+    finally:
+        store.repo.pop(f"{_ROOT}.yaml", None)
+        store.repo.pop("recipe", None)
+        if before is not None:
+            store.repo["recipe"] = before
+
+
+@contextmanager
+def _as_config_errors(recipe: Source) -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        cause = error.__cause__ if str(error) in ("", "None") and error.__cause__ else error
+        reason = str(cause).strip().replace(f"'recipe/{_OWN}'", recipe.name)
+        reason = reason.replace(f"'{_ROOT}'", "the run")
+        cure = "Mend the recipe, or the override it comes from."
+        if "default" in reason or "Could not find" in reason:
+            cure = "A recipe chooses a preset in its defaults list: `- override /model: esm2_650m`."
+        raise ConfigError(f"cannot compose recipe {recipe.name}: {reason}\n{cure}") from None
+
+
+def _origins(
+    merged: Sequence[str], documents: dict[str, Document], recipe: Source, words: Sequence[Word]
+) -> dict[str, Origin]:
+    """Who wrote each key: the parts in the order Hydra merged them, then the command line."""
+    chosen = {word.key: word.text for word in words if word.chooses_preset}
+    origins: dict[str, Origin] = {}
+    for part in merged:
+        group, _, option = part.partition("/")
+        if group == "recipe":
+            shown = recipe.name if option == _OWN else f"recipes/{option}.yaml"
+            lines = documents[part].lines
+            found = {k: Origin("recipe", f"{shown}:{n}") for k, n in lines.items()}
+            origins.update((k, o) for k, o in found.items() if k not in _NOT_A_FIELD)
+        elif group in sources.GROUPS:
+            file = sources.shipped("conf") / f"{part}.yaml"
+            lines = sources.parse(file, f"conf/{part}.yaml").lines
+            for key, line in lines.items():
+                where = f"conf/{part}.yaml:{line}"
+                origins[f"{group}.{key}"] = _of_preset(group, where, chosen, recipe, documents)
+    for word in words:
+        if not word.chooses_preset:
+            _claim(origins, word)
+    return origins
+
+
+def _of_preset(
+    group: str, where: str, chosen: dict[str, str], recipe: Source, documents: dict[str, Document]
+) -> Origin:
+    """A preset is a default, unless a person chose it by name."""
+    if group in chosen:
+        return Origin("command line", f"{chosen[group]} ({where})")
+    if recipe.is_own:
+        listed = documents[f"recipe/{_OWN}"].tree.get("defaults") or []
+        keys = [key for item in listed if isinstance(item, DictConfig) for key in item]
+        if any(str(key).split()[-1].lstrip("/") == group for key in keys):
+            return Origin("recipe", f"{recipe.name} ({where})")
+    return Origin("default", where)
+
+
+def _claim(origins: dict[str, Origin], word: Word) -> None:
+    """The command line wrote this key, and with it every key inside it and around it."""
+    origin = Origin("command line", word.text)
+    value = None if word.is_path else word.parsed().value()
+    if isinstance(value, dict):
+        origins.update((f"{word.key}.{key}", origin) for key in sources.leaves(value))
+    for key in [key for key in origins if key.startswith(f"{word.key}.")]:
+        origins[key] = origin
+    segments = word.key.split(".")
+    for length in range(1, len(segments) + 1):
+        key = ".".join(segments[:length])
+        if key not in _NOT_A_FIELD:
+            origins[key] = origin
