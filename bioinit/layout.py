@@ -15,6 +15,7 @@ Overlap(sizes=(12,), source_start=0, source_strides=(1,), target_start=6, target
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 Dims = tuple[int, ...]
@@ -109,3 +110,53 @@ def fold(
         target_start,
         tuple(k[2] for k in kept),
     )
+
+
+class Block(NamedTuple):
+    """A part of an overlap that is read in one go: ``span`` source elements from its start on."""
+
+    overlap: Overlap
+    span: int
+
+
+GAP = 2**14
+"""Elements between two stretches of a source that are skipped with a read of their own rather than
+read along: one more read costs about as much as copying some tens of KiB."""
+
+
+def blocks(overlap: Overlap, limit: int) -> Iterator[Block]:
+    """``overlap`` cut into parts whose source span is at most ``limit`` elements.
+
+    Rows with small gaps between them (a column shard) are read along with the gaps; wide gaps are
+    not. A dim that is contiguous in the source is cut where the limit says.
+    """
+    sizes, strides = overlap.sizes, overlap.source_strides
+    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if not sizes:
+        yield Block(overlap, 1)
+        return
+    outer = max(range(len(sizes)), key=lambda dim: (strides[dim], sizes[dim]))
+    inner = span - (sizes[outer] - 1) * strides[outer]
+    is_wide = strides[outer] - inner >= GAP
+    if span <= limit and not is_wide:
+        yield Block(overlap, span)
+        return
+    step = 1 if is_wide or inner > limit else max(1, (limit - inner) // max(strides[outer], 1) + 1)
+    for low in range(0, sizes[outer], step):
+        count = min(step, sizes[outer] - low)
+        part = Overlap(
+            (*sizes[:outer], count, *sizes[outer + 1 :]),
+            overlap.source_start + low * strides[outer],
+            strides,
+            overlap.target_start + low * overlap.target_strides[outer],
+            overlap.target_strides,
+        )
+        if count == 1:
+            part = Overlap(
+                sizes[:outer] + sizes[outer + 1 :],
+                part.source_start,
+                strides[:outer] + strides[outer + 1 :],
+                part.target_start,
+                part.target_strides[:outer] + part.target_strides[outer + 1 :],
+            )
+        yield from blocks(part, limit)

@@ -1,0 +1,304 @@
+"""The only room that writes into a model.
+
+Order of work: every parameter and buffer on meta gets memory in its final dtype on its final device;
+the architecture's initializer gives values to whatever the plan does not load; then bytes are read in
+parallel straight into place. If anything fails, a module that was on meta is on meta again, and for
+one that had memory of its own the error names the parameters that no longer hold what they held.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bioinit.backends.protocol import Backend
+from bioinit.config import InitPolicy
+from bioinit.errors import BioinitError, Problem
+from bioinit.formats.protocol import StoredTensor
+from bioinit.keys import Pattern
+from bioinit.layout import fold, row_major
+from bioinit.load.initial import Watch, own_random_state
+from bioinit.load.memory import allocate
+from bioinit.load.transfer import Job, Progress, Transfer
+from bioinit.plan import Copy, LoadPlan, TargetPlan
+from bioinit.report import LoadReport
+from bioinit.storage import File
+from bioinit.targets import Slot, slots
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What loading needs of a checkpoint: where its files are and what they hold."""
+
+    files: Sequence[File]
+    tensors: Mapping[str, StoredTensor]
+
+
+def execute(
+    plan: LoadPlan,
+    module: nn.Module,
+    source: Checkpoint,
+    *,
+    backend: Backend,
+    make: Callable[[], nn.Module],
+    init: InitPolicy,
+    device: torch.device,
+    workers: int,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Carry out ``plan`` on ``module``, in place.
+
+    Args:
+        plan: a plan without problems, made for this module.
+        module: on meta, or with memory of its own; what is on meta gets memory on ``device``.
+        source: the checkpoint's files, as the plan numbers them, and its tensors.
+        backend: who initializes what is new.
+        make: the constructor of ``module``, for backends that need a second instance.
+        init: the seed, what is trainable, and whether to look for NaN and Inf.
+        device: where parameters that are on meta now will live.
+        workers: threads that read.
+        progress: is told the bytes as they arrive.
+
+    Returns:
+        The report. ``problems`` holds what only loading could find: stored duplicates that differ,
+        values that are not finite, tensors that no initializer wrote.
+
+    Raises:
+        BioinitError: reading failed; see the module's docstring for the state of ``module``.
+    """
+    started = time.perf_counter()
+    work = _Load(plan, module, device)
+    try:
+        work.materialize()
+        problems = work.initialize(backend, make, init.seed)
+        transfer = Transfer(source.files, workers, device, progress)
+        work.fill(transfer, source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        problems += work.compare(transfer)
+        if init.check_finite:
+            problems += work.check_finite()
+    except BaseException as error:
+        work.restore(error)
+        raise
+    _set_requires_grad(work.live, init)
+    parameters = {id(p): p for p in module.parameters()}.values()
+    return LoadReport(
+        claims=plan.tensors,
+        unused=plan.unused,
+        problems=(*plan.problems, *problems),
+        bytes_read=transfer.bytes_read,
+        seconds=time.perf_counter() - started,
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=sum(p.numel() for p in parameters),
+        document=plan.header,
+    )
+
+
+class _Load:
+    """One execution of a plan: what was there before, and what is there now."""
+
+    def __init__(self, plan: LoadPlan, module: nn.Module, device: torch.device) -> None:
+        self.plan, self.module, self.device = plan, module, device
+        self.live: dict[str, torch.Tensor] = {}
+        self._before: list[tuple[Slot, torch.Tensor]] = []
+        self._made: set[str] = set()
+        self._touched: list[str] = []
+
+    def materialize(self) -> None:
+        """Give memory to what has none, once; shared tensors stay shared."""
+        made: dict[int, torch.Tensor] = {}
+        for slot in list(slots(self.module)):
+            tensor = slot.tensor
+            if tensor.is_meta:
+                known = made.get(id(tensor))
+                if known is None:
+                    planned = self.plan.targets.get(slot.key)
+                    dtype = tensor.dtype if planned is None else planned.dtype
+                    known = _like(tensor, allocate(tuple(tensor.shape), dtype, self.device))
+                    made[id(tensor)] = known
+                    self._made.add(slot.key)
+                self._put(slot, known)
+                tensor = known
+            elif slot.is_buffer and tensor.device != self.device and self._made:
+                tensor = made.setdefault(id(tensor), tensor.to(self.device))
+                self._put(slot, tensor)
+            self.live.setdefault(slot.key, tensor)
+
+    def _put(self, slot: Slot, tensor: torch.Tensor) -> None:
+        self._before.append((slot, slot.tensor))
+        registry: dict[str, Any] = slot.module._buffers if slot.is_buffer else slot.module._parameters
+        registry[slot.name] = tensor
+
+    def initialize(self, backend: Backend, make: Callable[[], nn.Module], seed: int) -> list[Problem]:
+        """Run the architecture's initializer for what the plan does not load in full."""
+        new = {key for key in self._made if self._is_new(key)}
+        if not new:
+            return []
+        loaded = frozenset(self.live) - new
+        watch = Watch(self.live, loaded, seed)
+        with torch.no_grad(), own_random_state(self.device), watch:
+            values = backend.initialize(self.module, make, loaded, watch)
+        with torch.no_grad():
+            for key, value in values.items():
+                if key in new:
+                    self.live[key].copy_(value)
+                    watch.written.add(key)
+        return [
+            Problem(
+                "uninitialized",
+                key,
+                f"nothing gives {key!r} its first value: the checkpoint does not have it, and no "
+                "initializer of the architecture wrote it.",
+                "Give its module a reset_parameters(), or load it.",
+            )
+            for key in sorted(new - watch.written)
+            if self.live[key].numel()
+        ]
+
+    def _is_new(self, key: str) -> bool:
+        planned = self.plan.targets.get(key)
+        return planned is None or planned.needs_init
+
+    def fill(self, transfer: Transfer, source: Checkpoint) -> None:
+        """Read everything the plan loads."""
+        jobs: list[Job] = []
+        converted: list[tuple[str, TargetPlan]] = []
+        for key, planned in self.plan.targets.items():
+            if planned.conversion is not None:
+                converted.append((key, planned))
+            elif planned.copies:
+                self._touched.append(key)
+                tensor = self.live[key].detach()
+                jobs.extend(Job(copy, tensor) for copy in planned.copies)
+        transfer.move(jobs)
+        for key, planned in converted:
+            self._touched.append(key)
+            self._convert(key, planned, transfer, source.tensors)
+
+    def _convert(
+        self,
+        key: str,
+        planned: TargetPlan,
+        transfer: Transfer,
+        stored: Mapping[str, StoredTensor],
+    ) -> None:
+        assert planned.conversion is not None
+        inputs = []
+        jobs: list[Job] = []
+        for name in planned.conversion.sources:
+            tensor = stored[name]
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+            jobs.extend(Job(copy, whole) for copy in whole_copies(tensor))
+            inputs.append(whole)
+        transfer.move(jobs)
+        target = self.live[key]
+        result = planned.conversion.run(inputs)
+        if tuple(result.shape) != tuple(target.shape):
+            raise BioinitError(
+                f"{planned.conversion.text} made {tuple(result.shape)} for {key!r}, which is "
+                f"{tuple(target.shape)}. Skip the tensor by its prefix, or report the architecture."
+            )
+        with torch.no_grad():
+            target.copy_(result)
+
+    def compare(self, transfer: Transfer) -> list[Problem]:
+        """Hold further stored copies of a target against what was loaded."""
+        found = []
+        for key, planned in self.plan.targets.items():
+            for name, copies in planned.equal:
+                tensor = self.live[key].detach()
+                if not transfer.same(Job(copy, tensor) for copy in copies):
+                    found.append(
+                        Problem(
+                            "unequal",
+                            key,
+                            f"{key!r} is stored more than once and the copies differ: "
+                            f"{', '.join(map(repr, planned.claim.sources))} and {name!r}.",
+                            "Untie them in the config (tie_word_embeddings), or skip one of them "
+                            "by its prefix.",
+                        )
+                    )
+        return found
+
+    def check_finite(self) -> list[Problem]:
+        """Look for NaN and Inf in everything that was loaded."""
+        return [
+            Problem(
+                "nonfinite",
+                key,
+                f"{key!r}, loaded from {', '.join(map(repr, self.plan.targets[key].claim.sources))}"
+                ", holds NaN or Inf.",
+                "Mend the checkpoint, skip the tensor by its prefix, or set init.check_finite=false.",
+            )
+            for key in self._touched
+            if not _is_finite(self.live[key].detach())
+        ]
+
+    def restore(self, error: BaseException) -> None:
+        """Put back what was on meta; say of the rest which parameters are not as they were."""
+        for slot, tensor in reversed(self._before):
+            registry: dict[str, Any] = (
+                slot.module._buffers if slot.is_buffer else slot.module._parameters
+            )
+            registry[slot.name] = tensor
+        changed = [key for key in self._touched if key not in self._made]
+        if changed:
+            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
+            error.add_note(
+                f"The module is not as it was: {len(changed)} parameters may hold a part of the "
+                f"checkpoint ({shown}). Load it again before it is used."
+            )
+
+
+def whole_copies(tensor: StoredTensor) -> list[Copy]:
+    """The copies that fill a contiguous tensor of the stored shape."""
+    strides = row_major(tensor.shape)
+    found = []
+    for piece in tensor.pieces:
+        box = piece.box
+        start = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True))
+        overlap = fold(box.sizes, box.start, box.strides, start, strides)
+        found.append(Copy(piece.file, piece.offset, tensor.dtype, overlap))
+    return found
+
+
+def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory`` as the same kind of parameter or buffer as ``tensor``, attributes included."""
+    if not isinstance(tensor, nn.Parameter):
+        return memory
+    if type(tensor) is nn.Parameter:
+        new: torch.Tensor = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+    else:
+        new = torch.Tensor._make_subclass(type(tensor), memory, tensor.requires_grad)
+    if tensor.__dict__:
+        new.__dict__.update(tensor.__dict__)
+    return new
+
+
+def _is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
+    for part in tensor.reshape(-1).split(chunk):
+        if part.dtype.itemsize == 1:
+            part = part.float()
+        low, high = torch.aminmax(part)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return False
+    return True
+
+
+def _set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> None:
+    trainable = [Pattern(text) for text in init.trainable]
+    frozen = [Pattern(text) for text in init.frozen]
+    if not trainable and not frozen:
+        return
+    for key, tensor in live.items():
+        if isinstance(tensor, nn.Parameter):
+            wanted = not trainable or any(pattern.match(key) is not None for pattern in trainable)
+            tensor.requires_grad_(wanted and not any(p.match(key) is not None for p in frozen))

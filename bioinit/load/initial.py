@@ -1,0 +1,87 @@
+"""Initial values that depend on the seed and a tensor's name, and on nothing else.
+
+The architecture's own initializer runs over the whole model, so that parents which initialize their
+children come out right. While it runs, every random call is reseeded by the name of the tensor it
+fills, writes into loaded tensors are dropped, and every tensor that was written is remembered: what
+nobody wrote holds left-over memory, and that is a problem, never a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation of an initializer. Implements ``backends.protocol.Watch``."""
+
+    def __init__(
+        self, live: Mapping[str, torch.Tensor], protected: Collection[str], seed: int
+    ) -> None:
+        super().__init__()
+        self._keys: dict[tuple[str, int], str] = {}
+        for key, tensor in live.items():
+            self._keys.setdefault(_memory(tensor), key)  # tied names follow the one that owns it
+        self._kept: list[torch.Tensor] = []  # an address is a name only while its tensor lives
+        self._protected = frozenset(protected)
+        self._seed = seed
+        self._path = ""
+        self._calls = 0
+        self.written: set[str] = set()
+
+    def entering(self, path: str) -> None:
+        self._path, self._calls = path, 0
+
+    def stands_for(self, tensor: torch.Tensor, key: str) -> None:
+        self._kept.append(tensor)
+        self._keys[_memory(tensor)] = key
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = _written_argument(func, args, kwargs)
+        key = None if target is None else self._keys.get(_memory(target))
+        if key is not None:
+            if key in self._protected:
+                return target
+            self.written.add(key)
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            self._calls += 1
+            # A random tensor without a name gets one from the module and its place in the order.
+            torch.manual_seed(_seed(self._seed, key or f"{self._path}#{self._calls}"))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside leaves the caller's random state untouched."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _seed(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int]:
+    """What a tensor and all its views have in common."""
+    storage = tensor.untyped_storage()
+    return str(tensor.device), storage.data_ptr() or storage._cdata
+
+
+def _written_argument(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor that ``func`` writes into, if it does so in place."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(value, torch.Tensor):
+                return value
+    return None

@@ -1,0 +1,181 @@
+"""The checkpoint's side: stored tensors in the canonical space, and what they cover of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from bioinit.errors import MappingError
+from bioinit.formats.protocol import StoredTensor
+from bioinit.keys import SkipPrefix
+from bioinit.layout import Box, Dims, intersect, numel
+from bioinit.mapping import Names
+from bioinit.plan.facts import Copy
+from bioinit.targets import Target
+
+
+class Source(NamedTuple):
+    """A box of a canonical tensor in a file, as the stored tensor ``name`` holds it."""
+
+    name: str
+    file: int
+    offset: int
+    box: Box
+    dtype: torch.dtype
+
+
+class Mismatch(NamedTuple):
+    """The shapes of one canonical tensor that disagree, or a rule that does not fit the dims."""
+
+    stored: Dims
+    wanted: Dims
+    reason: str = ""
+
+
+class Cover(NamedTuple):
+    """What one spelling of a target finds in the checkpoint.
+
+    ``covered`` counts the target's elements that ``copies`` fill; ``others`` are further stored
+    tensors that hold the same elements; ``skipped`` is the prefix that took sources away.
+    """
+
+    copies: tuple[Copy, ...]
+    names: tuple[str, ...]
+    covered: int
+    others: Mapping[str, tuple[Copy, ...]]
+    mismatch: Mismatch | None = None
+    skipped: str | None = None
+
+
+class Skips:
+    """The skip prefixes, and how many keys each has hit."""
+
+    def __init__(self, prefixes: Iterable[str]) -> None:
+        self._prefixes = [SkipPrefix(text) for text in dict.fromkeys(prefixes)]
+        self.hits = {prefix.text: 0 for prefix in self._prefixes}
+
+    def of(self, key: str) -> str | None:
+        """The first prefix that skips ``key``; all that do are counted as hit."""
+        first = None
+        for prefix in self._prefixes:
+            if prefix.matches(key):
+                self.hits[prefix.text] += 1
+                first = first or prefix.text
+        return first
+
+
+class Sources:
+    """Every stored weight, placed in the canonical space once."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        names: Names,
+        spelled: Callable[[str], str],
+        skips: Skips,
+    ) -> None:
+        self.stored = stored
+        self.spelled = spelled
+        self.memory = names.memory
+        self.disk = names.disk
+        self.skipped: dict[str, str] = {}
+        self.used: set[str] = set()
+        self._sources: dict[str, list[Source]] = {}
+        self._extents: dict[str, Dims] = {}
+        self._skip_by_canonical: dict[str, str] = {}
+        converted = {name for c in names.conversions for name in c.sources}
+        for name, tensor in stored.items():
+            if tensor.kind != "weight":
+                continue
+            skip = skips.of(name) if skips.hits else None
+            if skip is not None:
+                self.skipped[name] = skip
+            if name not in converted:
+                self._place(name, tensor, skip)
+
+    def _place(self, name: str, tensor: StoredTensor, skip: str | None) -> None:
+        spelled = self.spelled(name)
+        for piece in tensor.pieces:
+            for key, box in self.disk.place(spelled, (piece.box,)) or ():
+                _extend(self._extents, key, box)
+                if skip is not None:
+                    self._skip_by_canonical[key] = skip
+                    continue
+                source = Source(name, piece.file, piece.offset, box, tensor.dtype)
+                known = self._sources.get(key)
+                if known is None:
+                    self._sources[key] = [source]
+                else:
+                    known.append(source)
+
+    def cover(self, target: Target, key: str) -> Cover | None:
+        """What the checkpoint holds of ``target`` under the name ``key``; None if nothing."""
+        try:
+            placed = self.memory.place(key, target.boxes)
+        except MappingError as error:
+            return Cover((), (), 0, {}, Mismatch((), target.shape, str(error)))
+        if not placed:
+            return None
+        wanted: dict[str, Dims] = {}
+        for canonical, box in placed:
+            _extend(wanted, canonical, box)
+        mismatch = skipped = None
+        copies: list[Copy] = []
+        others: dict[str, list[Copy]] = {}
+        names: dict[str, None] = {}
+        covered = 0
+        for canonical, box in placed:
+            extent = self._extents.get(canonical)
+            if extent is None:
+                continue
+            skipped = skipped or self._skip_by_canonical.get(canonical)
+            sources = self._sources.get(canonical, ())
+            if sources and extent != wanted[canonical]:
+                mismatch = mismatch or Mismatch(extent, wanted[canonical])
+                if len(extent) != len(wanted[canonical]):
+                    continue
+            first = sources[0].name if sources else ""
+            for source in sources:
+                overlap = intersect(source.box, box)
+                if overlap is None and numel(target.shape):
+                    continue
+                names[source.name] = None
+                if overlap is None:
+                    continue
+                copy = Copy(source.file, source.offset, source.dtype, overlap)
+                if source.name == first:
+                    covered += numel(overlap.sizes)
+                    copies.append(copy)
+                else:
+                    others.setdefault(source.name, []).append(copy)
+        self.used.update(names)
+        if not names and mismatch is None and skipped is None:
+            return None
+        return Cover(
+            tuple(copies),
+            tuple(n for n in names if n not in others),
+            covered,
+            {name: tuple(held) for name, held in others.items()},
+            mismatch,
+            skipped,
+        )
+
+    def unused(self) -> list[str]:
+        """Stored weights that no target wanted and no prefix skipped."""
+        return [
+            name
+            for name, tensor in self.stored.items()
+            if tensor.kind == "weight" and name not in self.used and name not in self.skipped
+        ]
+
+
+def _extend(extents: dict[str, Dims], key: str, box: Box) -> None:
+    """Grow the known shape of a canonical tensor so that it holds ``box``."""
+    extent = tuple(map(int.__add__, box.offsets, box.sizes))
+    known = extents.get(key)
+    if known is None:
+        extents[key] = extent
+    elif known != extent and len(known) == len(extent):
+        extents[key] = tuple(map(max, known, extent))

@@ -1,0 +1,59 @@
+"""Wrapper prefixes: solved from names, said, and refused when two ways are equally good."""
+
+import pytest
+
+from bioinit.errors import AmbiguousFormat
+from bioinit.prefixes import solve
+
+BODY = [f"encoder.layer.{i}.{n}" for i in range(3) for n in ("q.weight", "k.weight", "out.bias")]
+BODY += ["embeddings.word.weight", "pooler.weight"]
+
+
+def solved(stored, model):
+    found = solve(stored, set(model).__contains__, model)
+    return [found.spell(name) for name in stored], found.note
+
+
+def test_names_that_fit_are_left_alone():
+    assert solved(BODY, BODY) == (BODY, "")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "bert.", "esm.", "module.model."])
+def test_a_prefix_too_many_is_taken_off(prefix):
+    spelled, note = solved([prefix + n for n in BODY], BODY)
+    assert spelled == BODY
+    assert prefix in note and f"{len(BODY)} of {len(BODY)} match" in note
+
+
+@pytest.mark.parametrize("prefix", ["model.", "bert.", "esm."])
+def test_a_prefix_too_few_is_put_on(prefix):
+    model = [prefix + n for n in BODY] + ["classifier.weight", "classifier.bias"]
+    assert solved(BODY, model)[0] == [prefix + n for n in BODY]
+
+
+def test_one_body_prefix_is_exchanged_for_another():
+    model = ["esm." + n for n in BODY]
+    assert solved(["module." + n for n in BODY], model)[0] == model
+
+
+def test_wrapper_segments_are_taken_out_wherever_they_stand():
+    stored = [n.replace("layer.", "_fsdp_wrapped_module.layer._orig_mod.") for n in BODY]
+    spelled, note = solved(["_orig_mod." + n for n in stored], BODY)
+    assert spelled == BODY and "wrappers" in note
+
+
+def test_a_head_beside_the_body_stays_where_it_is():
+    stored = [*BODY, "classifier.weight", "classifier.bias"]
+    model = ["bert." + n for n in BODY] + ["classifier.weight", "classifier.bias"]
+    assert solved(stored, model)[0] == model
+
+
+def test_two_equally_good_ways_are_refused_with_their_scores():
+    model = [f"{tower}.{n}" for tower in ("query", "document") for n in BODY]
+    with pytest.raises(AmbiguousFormat, match=rf"'query.' in front: {len(BODY)} match"):
+        solved(BODY, model)
+
+
+def test_names_of_something_else_are_not_forced_to_fit():
+    stored = ["a.b.c", "d.e.f"]
+    assert solved(stored, BODY) == (stored, "")
