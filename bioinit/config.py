@@ -1,0 +1,193 @@
+"""The configs of a run: the root, and one small class for each who decides.
+
+``model`` says what the model is and is saved with it, ``init`` where its values come from,
+``placement`` where they land, ``output`` how they are written. People subclass
+:class:`TrainableModelConfig` as an ordinary dataclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BeforeValidator
+from torch import nn
+
+from bioinit.errors import ConfigError
+from bioinit.record import (
+    Origin,
+    Tracked,
+    bookkeeping,
+    derived,
+    one_of,
+    own,
+    renamed_from,
+)
+
+__all__ = [
+    "InitPolicy",
+    "Output",
+    "Placement",
+    "Run",
+    "TrainableModelConfig",
+    "bookkeeping",
+    "derived",
+    "one_of",
+    "own",
+    "renamed_from",
+]
+
+
+@dataclass(kw_only=True)
+class TrainableModelConfig(Tracked):
+    """What a model is, and which checkpoint it starts from.
+
+    Subclass it with ``@dataclass(kw_only=True)`` and the fields of your model, and write
+    :meth:`configure_model`; mark fields with :func:`own`, :func:`derived` or :func:`renamed_from`.
+    Your config then merges with the one saved in a checkpoint, and is saved with the model.
+    """
+
+    initial_ckpt_path: str | None = own(None)
+    initial_ckpt_skip_keys_with_these_prefixes: tuple[str, ...] = own(())
+    override_parent_fields: tuple[str, ...] = own(())
+    architecture: str | None = own(None)
+    backend: Literal["transformers", "megatron"] | None = own(None)
+    num_labels: int | None = derived(lambda c: len(c.labels) if c.labels else None, own=True)
+    labels: tuple[str, ...] | None = own(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("initial_ckpt_skip_keys_with_these_prefixes", "override_parent_fields"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigError(
+                    f"{name}={value!r} is one text, and each of its letters would be an entry. "
+                    f"Write a tuple: ({value!r},)."
+                )
+            if not isinstance(value, tuple):
+                setattr(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        if self.labels and self.num_labels != len(self.labels):
+            raise ConfigError(
+                f"num_labels={self.num_labels}, but there are {len(self.labels)} labels "
+                f"({', '.join(self.labels)}). Drop one of the two."
+            )
+
+    def configure_model(self) -> nn.Module:
+        """Construct the model. It is called while new parameters take no memory."""
+        raise ConfigError(
+            f"{type(self).__name__} does not say how its model is built. "
+            "Write its method configure_model(), which returns the module."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitPolicy:
+    """Where values come from, and what is an error on the way."""
+
+    on_conflict: Literal["error", "checkpoint", "recipe"] = "error"
+    on_missing: Literal["error", "init"] = "error"
+    on_unused: Literal["report", "error"] = "report"
+    on_mismatch: Literal["error", "init", "resize"] = "error"
+    new: tuple[str, ...] = ()
+    seed: int = 0
+    trainable: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    check_finite: bool = False
+    layers: tuple[int, ...] | str | None = None
+    convert: bool | str | None = None
+
+
+def _switch(value: Any) -> Any:
+    """YAML reads a bare ``on`` or ``off`` as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and as what parameters live.
+
+    ``dtype`` null keeps the stored one, ``device`` null is the CPU.
+    """
+
+    device: str | None = None
+    dtype: torch.dtype | None = None
+    mesh: tuple[int, ...] | dict[str, int] | None = None
+    strategy: str | None = None
+    parallel_load: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+
+    def __post_init__(self) -> None:
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ConfigError(
+                f"device={self.device!r} names no device. Write cpu, cuda or cuda:0."
+            ) from None
+        if self.dtype is not None and not (self.dtype.is_floating_point or self.dtype.is_complex):
+            raise ConfigError(
+                f"dtype={self.dtype} cannot hold weights. Write bfloat16, float16 or float32."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How the result is written."""
+
+    overwrite: bool = False
+    dialect: str = "hf"
+    format: str = "safetensors"
+
+
+class _NotYet(NamedTuple):
+    section: str
+    field: str
+    allowed: tuple[Any, ...]
+    instead: str
+
+
+_ONE_PROCESS = "one process loads the whole model"
+_NOT_YET = (
+    _NotYet("init", "layers", (None,), "every layer of the model is loaded"),
+    _NotYet("init", "convert", (None, False), "checkpoints are read as they are, with no cache"),
+    _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
+    _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
+    _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
+    _NotYet("output", "dialect", ("hf",), "models are written in the hf dialect"),
+    _NotYet("output", "format", ("safetensors",), "models are written as safetensors"),
+    _NotYet(
+        "model", "backend", (None, "transformers"), "models come from transformers or are yours"
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: what ``bioinit.compose`` describes and ``bioinit.initialize`` carries out.
+
+    ``model`` is a config, or the plain fields of one while its class is not known yet (the family
+    ``auto`` learns it from the checkpoint). ``origins`` says who wrote which dotted key.
+    """
+
+    family: str | None = None
+    model: Any = None
+    init: InitPolicy = field(default_factory=InitPolicy)
+    placement: Placement = field(default_factory=Placement)
+    output: Output = field(default_factory=Output)
+    output_dir: str | None = None
+    origins: Mapping[str, Origin] = bookkeeping(dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, TrainableModelConfig | Mapping | None):
+            raise ConfigError(
+                f"model is {self.model!r}, not a model's config. Give the fields of one, or an "
+                "instance of a subclass of TrainableModelConfig."
+            )
+        for section, name, allowed, instead in _NOT_YET:
+            part = getattr(self, section)
+            value = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{section}.{name}={value!r} is not supported yet: {instead}. "
+                    f"Leave {section}.{name} out."
+                )

@@ -1,0 +1,61 @@
+"""The record of a config: what was set and by whom. The live config is built from it.
+
+A record is a ``fiddle.Config`` that holds the fields somebody set and nothing else. What people
+write enters through :func:`make_record`; :func:`build` makes the live config;
+:func:`save_context` writes the record beside the weights and :func:`load_record` brings an equal
+one back.
+"""
+
+from __future__ import annotations
+
+from bioinit.record.door import coerce, make_record, record_of
+from bioinit.record.fields import (
+    Marks,
+    Origin,
+    SavedField,
+    Spec,
+    bookkeeping,
+    derived,
+    label,
+    marked,
+    one_of,
+    own,
+    renamed_from,
+    same,
+    specs,
+)
+from bioinit.record.live import (
+    Tracked,
+    build,
+    changed_behind,
+    get_hparam,
+    get_hparams,
+    get_non_default_hparams,
+    set_hparam,
+)
+
+__all__ = [
+    "Marks",
+    "Origin",
+    "SavedField",
+    "Spec",
+    "Tracked",
+    "bookkeeping",
+    "build",
+    "changed_behind",
+    "coerce",
+    "derived",
+    "get_hparam",
+    "get_hparams",
+    "get_non_default_hparams",
+    "label",
+    "make_record",
+    "marked",
+    "one_of",
+    "own",
+    "record_of",
+    "renamed_from",
+    "same",
+    "set_hparam",
+    "specs",
+]
