@@ -4,8 +4,8 @@ A family says *what* is built; a backend says *how a module of that kind comes t
 between a ``transformers`` model and a person's own ``nn.Module`` is how it is constructed without
 memory, which code gives a new parameter its first value, and what its saved files look like.
 
-Between ``build`` and ``initialize``, ``load`` gives memory to the parameters, and to the buffers that
-``build`` left on meta. A backend never allocates a parameter and never copies into one.
+Between ``build`` and ``initialize``, ``load`` gives memory to the parameters, and to the buffers
+that ``build`` left on meta. A backend never allocates a parameter and never copies into one.
 
 A new backend is one new file in this folder that defines ``BACKEND``.
 """

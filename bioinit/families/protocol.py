@@ -1,8 +1,8 @@
-"""The seam for families: what a model is, how its config is spelled, and what its tensors are called.
+"""The seam for families: what a model is, how its config is spelled, what its tensors are called.
 
-A family owns a config class (in the field's names), one account per saved config of where each of its
-fields went, and one table of names per dialect. Tables lead to the family's canonical space and never
-to one another, so a dialect is one table and a backend is one table.
+A family owns a config class (in the field's names), one account per saved config of where each of
+its fields went, and one table of names per dialect. Tables lead to the family's canonical space
+and never to one another, so a dialect is one table and a backend is one table.
 
 A new family is one new file in this folder that defines ``FAMILY``.
 """
@@ -20,20 +20,9 @@ from bioinit.config import TrainableModelConfig
 from bioinit.contexts.protocol import Context
 from bioinit.layout import Dims
 from bioinit.mapping import Names
+from bioinit.record import SavedField
 
 Fate = Literal["mapped", "carried", "ignored", "unknown"]
-
-
-class SavedField(NamedTuple):
-    """The value a checkpoint's own config gives to one field of ours.
-
-    ``literal`` says that it is written in the saved config; otherwise it is the default of the class
-    that wrote it. ``where`` names the file and the field there, for messages.
-    """
-
-    value: Any
-    literal: bool
-    where: str
 
 
 class SourceField(NamedTuple):
@@ -75,7 +64,7 @@ class Family:
     backend: Callable[[TrainableModelConfig], Backend]
 
     names: Callable[[TrainableModelConfig, nn.Module, str, Mapping[str, Dims]], Names]
-    """Tables for a config, its model (on meta), a dialect and the stored names with their shapes."""
+    """Tables for a config, its model (on meta), a dialect, and stored names with their shapes."""
 
     dialect_of: Callable[[Iterable[str]], str | None]
     """Whose spelling these stored names are, or None if nobody's that this family knows."""
