@@ -19,6 +19,7 @@ from bioinit.errors import ConfigError
 from bioinit.record import (
     Origin,
     Tracked,
+    any_config,
     bookkeeping,
     derived,
     one_of,
@@ -170,7 +171,7 @@ class Run:
     """
 
     family: str | None = None
-    model: Any = None
+    model: Any = any_config()
     init: InitPolicy = field(default_factory=InitPolicy)
     placement: Placement = field(default_factory=Placement)
     output: Output = field(default_factory=Output)

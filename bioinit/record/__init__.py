@@ -8,12 +8,14 @@ one back.
 
 from __future__ import annotations
 
+from bioinit.record.context import load_record, model_node, read_context, save_context
 from bioinit.record.door import coerce, make_record, record_of
 from bioinit.record.fields import (
     Marks,
     Origin,
     SavedField,
     Spec,
+    any_config,
     bookkeeping,
     derived,
     label,
@@ -33,6 +35,7 @@ from bioinit.record.live import (
     get_non_default_hparams,
     set_hparam,
 )
+from bioinit.record.notation import Unreadable, plain, read_fields
 
 __all__ = [
     "Marks",
@@ -40,6 +43,8 @@ __all__ = [
     "SavedField",
     "Spec",
     "Tracked",
+    "Unreadable",
+    "any_config",
     "bookkeeping",
     "build",
     "changed_behind",
@@ -49,13 +54,19 @@ __all__ = [
     "get_hparams",
     "get_non_default_hparams",
     "label",
+    "load_record",
     "make_record",
     "marked",
+    "model_node",
     "one_of",
     "own",
+    "plain",
+    "read_context",
+    "read_fields",
     "record_of",
     "renamed_from",
     "same",
+    "save_context",
     "set_hparam",
     "specs",
 ]

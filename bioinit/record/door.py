@@ -58,6 +58,19 @@ def coerce(cls: type, name: str, value: Any, *, at: str = "") -> Any:
     return record.__arguments__[name]
 
 
+def fit(spec: Spec, value: Any, path: str) -> Any:
+    """``value`` as the field of ``spec`` would hold it in a record; ``path`` is for messages.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    problems: list[str] = []
+    fitting = _Door({}, problems).value(spec, spec.annotation, value, path)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return fitting
+
+
 def unknown_field(cls: type, name: str) -> str:
     """The sentence for a name that is no field of ``cls``."""
     known = [s.name for s in specs(cls).values() if s.init and not s.marks.bookkeeping]

@@ -65,6 +65,8 @@ class Marks:
     renamed_from: tuple[str, ...] = ()
     choices: tuple[Any, ...] = ()
     bookkeeping: bool = False
+    any_config: bool = False
+    """The field holds a config of a class that only the reader of a file knows."""
 
 
 def marked(
@@ -106,6 +108,11 @@ def one_of(default: Any, *others: Any) -> Any:
 def bookkeeping(default_factory: Callable[[], Any]) -> Any:
     """A field that is about the run and no setting of it: nobody may set it from outside."""
     return marked(Marks(own=True, bookkeeping=True), default_factory=default_factory)
+
+
+def any_config() -> Any:
+    """A field for a config of a class that only whoever reads a file knows; None by default."""
+    return marked(Marks(any_config=True), default=None)
 
 
 @dataclass(frozen=True)
