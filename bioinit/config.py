@@ -171,7 +171,7 @@ class Run:
     """
 
     family: str | None = None
-    model: Any = any_config()
+    model: Any = any_config()  # noqa: RUF009
     init: InitPolicy = field(default_factory=InitPolicy)
     placement: Placement = field(default_factory=Placement)
     output: Output = field(default_factory=Output)
