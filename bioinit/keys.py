@@ -101,10 +101,10 @@ def escape(key: str) -> str:
 
 
 def template(key: str) -> str:
-    """The pattern of ``key`` with each purely numeric segment as a wildcard.
+    r"""The pattern of ``key`` with each purely numeric segment as a wildcard.
 
     >>> template("layers.3.experts.12.w1"), template("attn.*.inv_freq")
-    ('layers.*.experts.*.w1', 'attn.\\\\*.inv_freq')
+    ('layers.*.experts.*.w1', 'attn.\\*.inv_freq')
     """
     return _NUMBER.sub("*", escape(key) if "*" in key else key)
 
@@ -116,9 +116,7 @@ def numbers(key: str) -> tuple[str, ...]:
 
 def natural(key: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key under which ``layers.2`` comes before ``layers.10``."""
-    return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")
-    )
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split("."))
 
 
 def closest(name: str, names: Iterable[str], limit: int = 3) -> list[str]:

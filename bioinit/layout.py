@@ -3,8 +3,8 @@
 A *region* of an N-dim tensor is a box: one offset and one size per dim. A :class:`Box` adds the
 strided view that holds the region: the element ``index`` of the box lies ``start + sum(index[d] *
 strides[d])`` elements after a base address, which is the first byte of a stored piece or of a
-parameter's local memory. A tensor, a shard of it and a stored chunk are each a list of boxes; loading
-intersects two lists and copies.
+parameter's local memory. A tensor, a shard of it and a stored chunk are each a list of boxes;
+loading intersects two lists and copies.
 
 Nothing here touches memory or knows a file: this is arithmetic on integers.
 
@@ -22,7 +22,7 @@ Dims = tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """A region (``offsets``, ``sizes``) and the strided view (``start``, ``strides``) that holds it.
+    """A region (``offsets``, ``sizes``) and the view (``start``, ``strides``) that holds it.
 
     ``start`` and ``strides`` count elements; all four tuples have one entry per dim.
     """
@@ -80,9 +80,7 @@ def intersect(source: Box, target: Box) -> Overlap | None:
     source_start, target_start = source.start, target.start
     for dim in range(len(source.sizes)):
         low = max(source.offsets[dim], target.offsets[dim])
-        high = min(
-            source.offsets[dim] + source.sizes[dim], target.offsets[dim] + target.sizes[dim]
-        )
+        high = min(source.offsets[dim] + source.sizes[dim], target.offsets[dim] + target.sizes[dim])
         if high <= low:
             return None
         sizes.append(high - low)

@@ -1,8 +1,8 @@
 """An ordered table of rules: a dialect's names and layouts to the canonical ones of its family.
 
-The first rule whose pattern matches a key places it. A key that no rule knows is None, never a guess.
-Rules are found by the key's template (its numeric segments as wildcards) in one dictionary look-up;
-only patterns whose wildcards stand for other than numbers are tried one by one.
+The first rule whose pattern matches a key places it. A key that no rule knows is None, never a
+guess. Rules are found by the key's template (its numeric segments as wildcards) in one dictionary
+look-up; only patterns whose wildcards stand for other than numbers are tried one by one.
 """
 
 from __future__ import annotations
@@ -98,4 +98,3 @@ class Names(NamedTuple):
     disk: Mapping
     memory: Mapping
     conversions: tuple[Conversion, ...] = ()
-

@@ -1,9 +1,9 @@
 """Wrapper prefixes: the same names with ``module.`` or ``bert.`` more or less in front.
 
 Training wrappers put segments into every key (``module.``, ``_orig_mod.``), and a body saved alone
-lacks the segment that its head model has (``bert.``). Both are solved from the names themselves: every
-way to take one prefix off and put one on is scored by how many stored names the model then knows. One
-best way is applied and said; two equally good ways are refused with their scores.
+lacks the segment that its head model has (``bert.``). Both are solved from the names themselves:
+every way to take one prefix off and put one on is scored by how many stored names the model then
+knows. One best way is applied and said; two equally good ways are refused with their scores.
 
 >>> found = solve(["module.encoder.w", "module.encoder.b"], {"encoder.w", "encoder.b"}.__contains__)
 >>> found.spell("module.encoder.w"), found.note
@@ -80,8 +80,7 @@ def solve(
                 matched = {
                     kind: len(members)
                     for kind, members in rest.items()
-                    if members[0].startswith(strip)
-                    and knows(add + members[0].removeprefix(strip))
+                    if members[0].startswith(strip) and knows(add + members[0].removeprefix(strip))
                 }
                 if matched and strip != add:
                     scored[strip, add] = matched

@@ -1,9 +1,9 @@
 """Claims, problems and the receipt: what became of every tensor, for people and for programs.
 
 A claim says what happens to one target: ``loaded``, ``skipped``, ``tied``, ``initialized`` or
-``problem``. A plan is made of claims before anything is read; a report is the same claims after it was
-done, with what loading alone could find out. Printing folds only equal facts and only unbroken ranges,
-so a missing layer 5 shows as a gap.
+``problem``. A plan is made of claims before anything is read; a report is the same claims after it
+was done, with what loading alone could find out. Printing folds only equal facts and only unbroken
+ranges, so a missing layer 5 shows as a gap.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class LoadReport:
 
 
 def raise_for(problems: Sequence[Problem], what: str, shown: int = 8) -> None:
-    """Raise a :class:`PlanError` that lists the first ``shown`` of ``problems``, if there are any."""
+    """Raise a :class:`PlanError` with the first ``shown`` of ``problems``, if there are any."""
     if not problems:
         return
     lines = [f"{what} {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
@@ -174,8 +174,9 @@ class Folded(NamedTuple):
 def fold(claims: Sequence[Claim]) -> list[Folded]:
     """Claims with equal facts, their numbers folded into unbroken ranges.
 
-    Two claims have equal facts when shape, dtype, claim, cast, initializer and the templates of their
-    rule and sources agree. A range is unbroken or is not one: layers 0 to 4 and 6 to 9 are two lines.
+    Two claims have equal facts when shape, dtype, claim, cast, initializer and the templates of
+    their rule and sources agree. A range is unbroken or is not one: layers 0 to 4 and 6 to 9 are
+    two lines.
     """
     groups: dict[Any, list[Claim]] = {}
     for claim in claims:

@@ -1,12 +1,12 @@
 """The rule kinds: how a tensor of one dialect lies in the canonical space of its family.
 
-A rule turns a named tensor into placements: pairs of a canonical key and a box. The box speaks of the
-canonical tensor's dims and of the memory that the dialect's tensor already has, so a fused QKV is
-three placements of views and no copy. Because a placement is a pair, the same list serves reading and
-writing: a rule needs no second table for the way back.
+A rule turns a named tensor into placements: pairs of a canonical key and a box. The box speaks of
+the canonical tensor's dims and of the memory that the dialect's tensor already has, so a fused QKV
+is three placements of views and no copy. Because a placement is a pair, the same list serves
+reading and writing: a rule needs no second table for the way back.
 
-Operations act on lists of boxes, so a shard is placed as well as a whole tensor: an interval of a dim
-that is unflattened into k factors becomes at most 2k - 1 boxes.
+Operations act on lists of boxes, so a shard is placed as well as a whole tensor: an interval of a
+dim that is unflattened into k factors becomes at most 2k - 1 boxes.
 
 >>> from bioinit.layout import Box
 >>> fused = Rule("qkv", (Part("q", (Narrow(0, 0, 2),)), Part("k", (Narrow(0, 2, 2),))))

@@ -67,7 +67,7 @@ def describe(root: nn.Module) -> dict[str, Target]:
     Raises:
         ConfigError: a parameter is a DTensor; its shards are not described yet.
     """
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}
     boxes: dict[tuple[Dims, Dims], tuple[Box, ...]] = {}
     found: dict[str, Target] = {}
     for slot in slots(root):
@@ -81,7 +81,9 @@ def describe(root: nn.Module) -> dict[str, Target]:
         layout = (shape, tensor.stride())
         if layout not in boxes:
             boxes[layout] = (Box((0,) * len(shape), shape, 0, tensor.stride()),)
-        owner = owners.setdefault(id(tensor), slot.key)
+        # Two parameters over one memory are one target; on meta only identity can tell.
+        memory = id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), layout)
+        owner = owners.setdefault(memory, slot.key)
         found[slot.key] = Target(
             slot.key,
             shape,

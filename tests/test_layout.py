@@ -50,9 +50,7 @@ def test_an_overlap_moves_exactly_the_shared_region(seed):
         return Box(offsets, sizes, dice.randint(0, 3), tuple(strides))
 
     source, target = random_box(), random_box()
-    index = tuple(
-        slice(o, o + s) for o, s in zip(source.offsets, source.sizes, strict=True)
-    )
+    index = tuple(slice(o, o + s) for o, s in zip(source.offsets, source.sizes, strict=True))
     stored = torch.full((numel(shape) + 8,), -1)
     view(stored, source.sizes, source.strides, source.start).copy_(whole[index])
     memory = torch.full((numel(shape) + 8,), -1)

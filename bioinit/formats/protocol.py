@@ -1,9 +1,9 @@
 """The seam every format stands behind: what a reader is given, and what it gives back.
 
 A reader looks at a :class:`~bioinit.storage.Folder` (a directory, or a single file presented as a
-folder of one), never at a path of its own, and answers with *where bytes lie*: stored tensors as lists
-of pieces. It returns no tensor and reads no weight byte. Everything after it (planning, loading,
-casting) is the same for every format.
+folder of one), never at a path of its own, and answers with *where bytes lie*: stored tensors as
+lists of pieces. It returns no tensor and reads no weight byte. Everything after it (planning,
+loading, casting) is the same for every format.
 
 A new format is one new file in this folder that defines ``FORMAT``.
 """
@@ -23,7 +23,8 @@ from bioinit.storage import File, Folder
 class Piece(NamedTuple):
     """Where one box of a stored tensor lies: ``files[file]``, ``offset`` bytes in, as ``box`` says.
 
-    ``offset`` is the byte of the file at which ``box.start == 0`` would lie; it need not be aligned.
+    ``offset`` is the byte of the file at which ``box.start == 0`` would lie; it need not be
+    aligned.
     """
 
     file: int
@@ -50,7 +51,7 @@ class Contents:
     files: tuple[File, ...]
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Plain data for ``inspect``: writer, version, parallel layout, objects that are not tensors."""
+    """Plain data for ``inspect``: writer, version, parallel layout, what is not a tensor."""
 
 
 Open = Callable[[Folder], "Contents"]

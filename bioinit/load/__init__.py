@@ -1,16 +1,16 @@
 """The only room that writes into a model.
 
-Order of work: every parameter and buffer on meta gets memory in its final dtype on its final device;
-the architecture's initializer gives values to whatever the plan does not load; then bytes are read in
-parallel straight into place. If anything fails, a module that was on meta is on meta again, and for
-one that had memory of its own the error names the parameters that no longer hold what they held.
+Order of work: every parameter and buffer on meta gets memory in its final dtype on its final
+device; the architecture's initializer gives values to whatever the plan does not load; then bytes
+are read in parallel straight into place. If anything fails, a module that was on meta is on meta
+again, and for one that had memory of its own the error names the parameters that no longer hold
+what they held.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +22,27 @@ from bioinit.errors import BioinitError, Problem
 from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import Pattern
 from bioinit.layout import fold, row_major
-from bioinit.load.initial import Watch, own_random_state
+from bioinit.load.initial import Watch, own_random_state, reset_parameters
 from bioinit.load.memory import allocate
 from bioinit.load.transfer import Job, Progress, Transfer
-from bioinit.plan import Copy, LoadPlan, TargetPlan
+from bioinit.plan import Copy, LoadPlan, TargetPlan, worker_count
 from bioinit.report import LoadReport
 from bioinit.storage import File
 from bioinit.targets import Slot, slots
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What loading needs of a checkpoint: where its files are and what they hold."""
-
-    files: Sequence[File]
-    tensors: Mapping[str, StoredTensor]
+__all__ = ["execute", "reset_parameters"]
 
 
 def execute(
     plan: LoadPlan,
     module: nn.Module,
-    source: Checkpoint,
+    files: Sequence[File],
+    tensors: Mapping[str, StoredTensor],
     *,
     backend: Backend,
     make: Callable[[], nn.Module],
     init: InitPolicy,
     device: torch.device,
-    workers: int,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Carry out ``plan`` on ``module``, in place.
@@ -56,12 +50,12 @@ def execute(
     Args:
         plan: a plan without problems, made for this module.
         module: on meta, or with memory of its own; what is on meta gets memory on ``device``.
-        source: the checkpoint's files, as the plan numbers them, and its tensors.
+        files: the checkpoint's files, as the plan numbers them.
+        tensors: the checkpoint's tensors, by stored name.
         backend: who initializes what is new.
         make: the constructor of ``module``, for backends that need a second instance.
         init: the seed, what is trainable, and whether to look for NaN and Inf.
         device: where parameters that are on meta now will live.
-        workers: threads that read.
         progress: is told the bytes as they arrive.
 
     Returns:
@@ -76,8 +70,8 @@ def execute(
     try:
         work.materialize()
         problems = work.initialize(backend, make, init.seed)
-        transfer = Transfer(source.files, workers, device, progress)
-        work.fill(transfer, source)
+        transfer = Transfer(files, worker_count(), device, progress)
+        work.fill(transfer, tensors)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         problems += work.compare(transfer)
@@ -96,7 +90,7 @@ def execute(
         seconds=time.perf_counter() - started,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters),
-        document=plan.header,
+        document=plan.to_json(),
     )
 
 
@@ -132,10 +126,14 @@ class _Load:
 
     def _put(self, slot: Slot, tensor: torch.Tensor) -> None:
         self._before.append((slot, slot.tensor))
-        registry: dict[str, Any] = slot.module._buffers if slot.is_buffer else slot.module._parameters
+        registry: dict[str, Any] = (
+            slot.module._buffers if slot.is_buffer else slot.module._parameters
+        )
         registry[slot.name] = tensor
 
-    def initialize(self, backend: Backend, make: Callable[[], nn.Module], seed: int) -> list[Problem]:
+    def initialize(
+        self, backend: Backend, make: Callable[[], nn.Module], seed: int
+    ) -> list[Problem]:
         """Run the architecture's initializer for what the plan does not load in full."""
         new = {key for key in self._made if self._is_new(key)}
         if not new:
@@ -165,7 +163,7 @@ class _Load:
         planned = self.plan.targets.get(key)
         return planned is None or planned.needs_init
 
-    def fill(self, transfer: Transfer, source: Checkpoint) -> None:
+    def fill(self, transfer: Transfer, stored: Mapping[str, StoredTensor]) -> None:
         """Read everything the plan loads."""
         jobs: list[Job] = []
         converted: list[tuple[str, TargetPlan]] = []
@@ -179,7 +177,7 @@ class _Load:
         transfer.move(jobs)
         for key, planned in converted:
             self._touched.append(key)
-            self._convert(key, planned, transfer, source.tensors)
+            self._convert(key, planned, transfer, stored)
 
     def _convert(
         self,
@@ -234,7 +232,7 @@ class _Load:
                 key,
                 f"{key!r}, loaded from {', '.join(map(repr, self.plan.targets[key].claim.sources))}"
                 ", holds NaN or Inf.",
-                "Mend the checkpoint, skip the tensor by its prefix, or set init.check_finite=false.",
+                "Mend the checkpoint, skip its prefix, or set init.check_finite=false.",
             )
             for key in self._touched
             if not _is_finite(self.live[key].detach())
@@ -249,7 +247,9 @@ class _Load:
             registry[slot.name] = tensor
         changed = [key for key in self._touched if key not in self._made]
         if changed:
-            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
+            shown = ", ".join(changed[:5]) + (
+                f" and {len(changed) - 5} more" if changed[5:] else ""
+            )
             error.add_note(
                 f"The module is not as it was: {len(changed)} parameters may hold a part of the "
                 f"checkpoint ({shown}). Load it again before it is used."

@@ -9,11 +9,12 @@ nobody wrote holds left-over memory, and that is a problem, never a value.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -85,3 +86,24 @@ def _written_argument(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
             if isinstance(value, torch.Tensor):
                 return value
     return None
+
+
+def reset_parameters(
+    model: nn.Module, make: Callable[[], nn.Module], loaded: Collection[str], watch: Watch
+) -> Mapping[str, torch.Tensor]:
+    """The initializer of a module that came without its constructor: torch's own convention.
+
+    Every module that directly owns something new and has a ``reset_parameters`` runs it.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        own = [*module._parameters, *module._buffers]
+        if isinstance(module, _Resets) and any(prefix + name not in loaded for name in own):
+            watch.entering(path)
+            module.reset_parameters()
+    return {}
+
+
+@runtime_checkable
+class _Resets(Protocol):
+    def reset_parameters(self) -> None: ...

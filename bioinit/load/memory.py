@@ -1,9 +1,10 @@
 """Memory for parameters: every one owns its storage, large ones in pages the kernel can make huge.
 
-First-touch page faults, not copying, are the largest cost of loading on a CPU: 4 KiB pages are touched
-at about 2 GB/s, 2 MiB pages at about 15 (docs/performance.md). So a parameter of at least 2 MiB gets a
-mapping of its own, with only the whole 2 MiB inside it advised, so that no page reaches over its end
-and the peak stays at the parameters' own size. Where huge pages are off the same code works, slower.
+First-touch page faults, not copying, are the largest cost of loading on a CPU: 4 KiB pages are
+touched at about 2 GB/s, 2 MiB pages at about 15 (docs/performance.md). So a parameter of at least 2
+MiB gets a mapping of its own, with only the whole 2 MiB inside it advised, so that no page reaches
+over its end and the peak stays at the parameters' own size. Where huge pages are off the same code
+works, slower.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Bytes from files into tensors, in parallel: runs straight into place, the rest through a buffer.
 
-A run of bytes that is contiguous on both sides is read into the tensor's own memory; runs that follow
-one another in a file share one scatter read. A cast, a strided copy or a copy to a device goes through
-a small buffer that each worker reuses: what lies close together in the file is read once and copied
-from there. Nothing is mapped, and no file and no model has a second copy.
+A run of bytes that is contiguous on both sides is read into the tensor's own memory; runs that
+follow one another in a file share one scatter read. A cast, a strided copy or a copy to a device
+goes through a small buffer that each worker reuses: what lies close together in the file is read
+once and copied from there. Nothing is mapped, and no file and no model has a second copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 
 
 class Job(NamedTuple):
-    """One copy and the tensor it goes into; ``copy.overlap`` counts from the tensor's first element."""
+    """One copy and the tensor it goes into, from whose first element ``copy`` counts."""
 
     copy: Copy
     tensor: torch.Tensor
@@ -57,7 +57,8 @@ class Segment(NamedTuple):
     def source(self, buffer: torch.Tensor) -> torch.Tensor:
         """The elements as they lie in ``buffer``, uint8, whose first byte is ours."""
         flat = buffer[: self.size].view(self.dtype)
-        return flat.as_strided(self.overlap.sizes, self.overlap.source_strides, 0)
+        start = flat.storage_offset()
+        return flat.as_strided(self.overlap.sizes, self.overlap.source_strides, start)
 
     def target(self) -> torch.Tensor:
         """Where they belong, as a view of the tensor."""

@@ -1,8 +1,8 @@
 """Decide, then do: which bytes go where, complete before one weight byte is read.
 
-Stored tensors and live targets are both placed in the canonical space; where their boxes overlap there
-is a copy. Every target ends with one claim. What cannot be claimed is a problem with its cure, and
-nothing is read while there are problems.
+Stored tensors and live targets are both placed in the canonical space; where their boxes overlap
+there is a copy. Every target ends with one claim. What cannot be claimed is a problem with its
+cure, and nothing is read while there are problems.
 """
 
 from __future__ import annotations
@@ -25,11 +25,21 @@ from bioinit.plan.facts import (
     LoadPlan,
     Model,
     TargetPlan,
+    worker_count,
 )
 from bioinit.report import Claim, ClaimKind, Unused
 from bioinit.targets import Target
 
-__all__ = ["STAGING_BYTES", "Copy", "DtypeRule", "LoadPlan", "Model", "TargetPlan", "plan"]
+__all__ = [
+    "STAGING_BYTES",
+    "Copy",
+    "DtypeRule",
+    "LoadPlan",
+    "Model",
+    "TargetPlan",
+    "plan",
+    "worker_count",
+]
 
 SKIP_LIST = "model.initial_ckpt_skip_keys_with_these_prefixes"
 
@@ -43,7 +53,6 @@ def plan(
     spelled: Callable[[str], str] = str,
     skip_prefixes: Iterable[str] = (),
     dtype: DtypeRule = "stored",
-    workers: int = 2,
     notes: Sequence[str] = (),
 ) -> LoadPlan:
     """Claim every target of ``model``.
@@ -56,7 +65,6 @@ def plan(
         spelled: a stored name as the disk dialect spells it, wrapper prefixes taken off.
         skip_prefixes: prefixes of target or stored keys that are left at their initial values.
         dtype: what floating parameters become; others keep their own.
-        workers: how many buffers the load will use, for the peak of memory.
         notes: sentences for people that the plan prints first.
     """
     skips = Skips(skip_prefixes)
@@ -98,7 +106,7 @@ def plan(
             )
             for tensor in unused
         )
-    return _total(plans, claims, unused, problems, skips, stored, workers, notes)
+    return _total(plans, claims, unused, problems, skips, stored, notes)
 
 
 def _total(
@@ -108,7 +116,6 @@ def _total(
     problems: Sequence[Problem],
     skips: Skips,
     stored: Mapping[str, StoredTensor],
-    workers: int,
     notes: Sequence[str],
 ) -> LoadPlan:
     """Add up bytes and memory."""
@@ -127,6 +134,8 @@ def _total(
                 for piece in stored[name].pieces:
                     size = numel(piece.box.sizes) * stored[name].dtype.itemsize
                     by_file[piece.file] = by_file.get(piece.file, 0) + size
+    # A buffer holds up to two blocks that overlap in the file.
+    staging = worker_count() * 2 * STAGING_BYTES if is_staged else 0
     return LoadPlan(
         targets=plans,
         tensors=tuple(claims),
@@ -135,14 +144,12 @@ def _total(
         hits=skips.hits,
         bytes_by_file=by_file,
         memory_parameters=parameters,
-        memory_peak=parameters + converting + (workers * STAGING_BYTES if is_staged else 0),
+        memory_peak=parameters + converting + staging,
         notes=tuple(notes),
     )
 
 
-def _unhit(
-    skips: Skips, model: Model, stored: Mapping[str, StoredTensor]
-) -> Iterable[Problem]:
+def _unhit(skips: Skips, model: Model, stored: Mapping[str, StoredTensor]) -> Iterable[Problem]:
     for prefix, hits in skips.hits.items():
         if not hits:
             heads = {".".join(k.split(".")[:n]) for k in (*model.targets, *stored) for n in (1, 2)}
@@ -232,9 +239,7 @@ class _Decisions:
             init=self.model.describe_init(target.key) if needs_init else None,
         )
         different = {n: c for n, c in equal.items() if c != cover.copies}
-        return TargetPlan(
-            claim, final, cover.copies, tuple(different.items()), None, needs_init
-        )
+        return TargetPlan(claim, final, cover.copies, tuple(different.items()), None, needs_init)
 
     def _converted(self, target: Target, conversion: Conversion) -> TargetPlan:
         stored = self.sources.stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -21,11 +22,17 @@ STAGING_BYTES = 4 * 2**20
 """One worker's reusable buffer for casts and strided copies; also part of a plan's peak memory."""
 
 
+def worker_count() -> int:
+    """Threads that read: one per processor, and no more than storage gains from."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
 class Copy(NamedTuple):
     """Move ``overlap`` from file number ``file`` into a target.
 
-    ``offset`` is the byte of the file where element 0 of the source view lies; starts and strides of
-    ``overlap`` count elements, of ``dtype`` on the source side and of the final dtype on the target's.
+    ``offset`` is the byte of the file where element 0 of the source view lies; starts and strides
+    of ``overlap`` count elements, of ``dtype`` on the source side and of the final dtype on the
+    target's.
     """
 
     file: int
@@ -42,8 +49,7 @@ class Copy(NamedTuple):
         """Whether it is one stretch of bytes on both sides, read into place as it is."""
         overlap = self.overlap
         return self.dtype == final and (
-            not overlap.sizes
-            or (overlap.source_strides == (1,) and overlap.target_strides == (1,))
+            not overlap.sizes or (overlap.source_strides == (1,) and overlap.target_strides == (1,))
         )
 
 
@@ -87,12 +93,28 @@ class LoadPlan:
     notes: tuple[str, ...] = ()
     fields: tuple[Any, ...] = ()
     """One decision per config field (see ``merge``); empty for ``load_weights``."""
+    files: tuple[str, ...] = ()
+    """Paths of the checkpoint's files, as ``bytes_by_file`` numbers them."""
     header: Mapping[str, Any] = field(default_factory=dict)
     """What the JSON says of the checkpoint."""
+    seconds: float = 0.0
+    """How long planning took, opening the checkpoint and building on meta included."""
 
     @property
     def bytes_to_read(self) -> int:
         return sum(self.bytes_by_file.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``bioinit plan --json`` prints."""
+        from bioinit.plan.present import document
+
+        return document(self)
+
+    def render(self) -> str:
+        """Lines for a person, equal facts and unbroken ranges folded."""
+        from bioinit.plan.present import lines
+
+        return "\n".join(lines(self))
 
 
 def _nothing_pinned(key: str) -> torch.dtype | None:

@@ -1,0 +1,161 @@
+"""The conductor: open, merge, build, plan, load, save. Each verb lives in its own room."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import torch
+from torch import nn
+
+from bioinit.config import InitPolicy, Run, TrainableModelConfig
+from bioinit.contexts import open_checkpoint
+from bioinit.initialize.prepare import Prepared, prepare, prepare_module
+from bioinit.load import execute
+from bioinit.mapping import Mapping as NameMapping
+from bioinit.plan import LoadPlan
+from bioinit.record import make_record
+from bioinit.report import LoadReport, raise_for
+from bioinit.save import check_free, save
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes have been read, and how many there are."""
+
+
+@dataclass
+class Initialized:
+    """A model that is ready to train, and how it came to be."""
+
+    model: nn.Module
+    config: TrainableModelConfig
+    plan: LoadPlan
+    report: LoadReport
+    _prepared: Prepared = dataclasses.field(repr=False)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+        """Write the model, its context and the receipt to the folder ``path``, whole or not at all.
+
+        Returns:
+            The receipt.
+
+        Raises:
+            StorageError: ``path`` holds something already, or cannot be written.
+        """
+        checkpoint = self._prepared.checkpoint
+        return save(
+            self.model,
+            path,
+            backend=self._prepared.backend,
+            record=self._prepared.record,
+            receipt=self.report.to_json(),
+            source=None if checkpoint is None else checkpoint.folder,
+            overwrite=overwrite,
+        )
+
+
+def plan(record: fdl.Config[Run]) -> LoadPlan:
+    """Everything but reading weights. Problems are listed in the plan, not raised.
+
+    Raises:
+        BioinitError: the recipe, the checkpoint's headers or its config cannot be used at all.
+    """
+    with prepare(record) as prepared:
+        return prepared.plan
+
+
+def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Initialized:
+    """Start a model: merge, build, load, initialize what is new, write ``output_dir`` if set.
+
+    Args:
+        record: what :func:`bioinit.compose` gives.
+        progress: is told the bytes read so far and the bytes to read.
+
+    Raises:
+        PlanError: the plan has problems (no weight byte was read), or loading found some.
+        BioinitError: see its subclasses. Nothing is written under a final name.
+    """
+    with prepare(record) as prepared:
+        run = prepared.run
+        raise_for(prepared.plan.problems, "the plan has")
+        if run.output_dir is not None:
+            check_free(run.output_dir, overwrite=run.output.overwrite)
+        report = execute(
+            prepared.plan,
+            prepared.module,
+            prepared.files,
+            prepared.tensors,
+            backend=prepared.backend,
+            make=prepared.make,
+            init=run.init,
+            device=torch.device(run.placement.device or "cpu"),
+            progress=_counted(progress, prepared.plan.bytes_to_read),
+        ).raise_for_problems()
+        prepared.backend.remember(prepared.module, prepared.tensors.keys())
+        done = Initialized(prepared.module, prepared.config, prepared.plan, report, prepared)
+        if run.output_dir is not None:
+            done.save(run.output_dir, overwrite=run.output.overwrite)
+        return done
+
+
+def load_weights(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    skip_prefixes: Iterable[str] = (),
+    mapping: Mapping[str, str] | NameMapping | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    **policy: Any,
+) -> LoadReport:
+    """Load a checkpoint into any module, in place.
+
+    A module on meta gets memory; one that has memory keeps it, and its dtypes. Parameters that the
+    checkpoint lacks are an error unless a prefix skips them or a policy says otherwise; those of a
+    module with memory then keep their values.
+
+    Args:
+        module: a ``transformers`` model or a module of your own.
+        path: a checkpoint's folder or file.
+        skip_prefixes: keys that begin with one of these whole dotted prefixes are left alone.
+        mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``.
+        device: where what is on meta will live; the CPU if None.
+        progress: is told the bytes read so far and the bytes to read.
+        **policy: fields of :class:`bioinit.InitPolicy`: ``on_missing="init"``, ``seed=1``, ...
+
+    Raises:
+        PlanError: the plan has problems, and nothing was touched; or loading found some.
+        BioinitError: see its subclasses; the error says whether the module is as it was.
+    """
+    init: InitPolicy = fdl.build(make_record(InitPolicy, policy, at="load_weights"))
+    with open_checkpoint(path) as checkpoint:
+        prepared = prepare_module(module, checkpoint, init, tuple(skip_prefixes), mapping)
+        raise_for(prepared.plan.problems, "the plan has")
+        return execute(
+            prepared.plan,
+            module,
+            prepared.files,
+            prepared.tensors,
+            backend=prepared.backend,
+            make=prepared.make,
+            init=init,
+            device=torch.device(device or "cpu"),
+            progress=_counted(progress, prepared.plan.bytes_to_read),
+        ).raise_for_problems()
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    """Adds up what arrives, for those who want to know how far it is."""
+    if progress is None:
+        return None
+    done = 0
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return arrived

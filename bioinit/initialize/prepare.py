@@ -1,0 +1,211 @@
+"""Everything that is known before a weight byte is read: configs merged, model built, plan made."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fiddle as fdl
+from torch import nn
+
+from bioinit import families
+from bioinit.backends.protocol import Backend, Make
+from bioinit.config import InitPolicy, Run, TrainableModelConfig
+from bioinit.contexts import Checkpoint, open_checkpoint
+from bioinit.errors import ConfigError, Problem
+from bioinit.families.protocol import Family, ReadFields
+from bioinit.formats.protocol import StoredTensor
+from bioinit.initialize.sides import model_side, names_of_family, names_of_module
+from bioinit.keys import Pattern, suggestion
+from bioinit.load import reset_parameters
+from bioinit.mapping import Mapping as NameMapping
+from bioinit.merge import merge
+from bioinit.plan import LoadPlan
+from bioinit.plan import plan as plan_load
+from bioinit.prefixes import Spelling
+from bioinit.record import build, make_record
+from bioinit.storage import File
+from bioinit.version import __version__
+
+
+@dataclass
+class Prepared:
+    """A module on meta (or a person's own, as it came), and what will be done with it."""
+
+    run: Run
+    config: TrainableModelConfig
+    record: Any
+    """The merged record of the model: what the next saved context holds."""
+    module: nn.Module
+    make: Make
+    backend: Backend
+    checkpoint: Checkpoint | None
+    plan: LoadPlan
+
+    @property
+    def files(self) -> Sequence[File]:
+        return () if self.checkpoint is None else self.checkpoint.files
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return {} if self.checkpoint is None else self.checkpoint.tensors
+
+
+@contextmanager
+def prepare(record: fdl.Config[Run]) -> Iterator[Prepared]:
+    """Decide everything about a run; its checkpoint is open inside."""
+    started = time.perf_counter()
+    run: Run = build(record)
+    path = run.model.get("initial_ckpt_path") if isinstance(run.model, Mapping) else None
+    path = path or getattr(run.model, "initial_ckpt_path", None)
+    if path is None:
+        yield _decide(record, run, None, started)
+        return
+    with open_checkpoint(path) as checkpoint:
+        yield _decide(record, run, checkpoint, started)
+
+
+def prepare_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    init: InitPolicy,
+    skip_prefixes: tuple[str, ...],
+    mapping: Mapping[str, str] | NameMapping | None,
+) -> Prepared:
+    """Decide everything about loading into a module that exists already."""
+    started = time.perf_counter()
+    backend, own_names = families.of_module(module)
+    names, spelling = names_of_module(module, checkpoint, own_names, mapping)
+    if own_names is None:
+        backend = dataclasses.replace(backend, initialize=reset_parameters)
+    planned = plan_load(
+        model_side(module, backend, None),
+        checkpoint.tensors,
+        names,
+        init=init,
+        spelled=spelling.spell,
+        skip_prefixes=skip_prefixes,
+        dtype="module",
+        notes=_notes(spelling, None),
+    )
+    planned = _finished(planned, init, checkpoint, None, started)
+    config = TrainableModelConfig()
+    return Prepared(Run(), config, None, module, lambda: module, backend, checkpoint, planned)
+
+
+def _decide(
+    record: fdl.Config[Run], run: Run, checkpoint: Checkpoint | None, started: float
+) -> Prepared:
+    context = None if checkpoint is None else checkpoint.context
+    family = _family(record, run)
+    if context is not None and not family.recognizes(context):
+        raise _of_another_family(run, checkpoint)
+    model = record.model
+    if not isinstance(model, fdl.Buildable):
+        model = make_record(family.config_for(context), model or {}, run.origins, at="model")
+    saved = None if context is None else family.read_fields(context)
+    merged = merge(
+        model, None if saved is None else saved.fields, run.origins, run.init.on_conflict
+    )
+    config: TrainableModelConfig = build(merged.record, at="model")
+    backend = family.backend(config)
+
+    def make() -> nn.Module:
+        return family.build(config)
+
+    module = backend.build(make)
+    names, spelling = names_of_family(family, config, module, checkpoint)
+    nothing = checkpoint is None
+    planned = plan_load(
+        model_side(module, backend, run.placement.dtype),
+        {} if checkpoint is None else checkpoint.tensors,
+        names,
+        init=dataclasses.replace(run.init, on_missing="init") if nothing else run.init,
+        spelled=spelling.spell,
+        skip_prefixes=config.initial_ckpt_skip_keys_with_these_prefixes,
+        dtype=run.placement.dtype or ("module" if nothing else "stored"),
+        notes=_notes(spelling, saved),
+    )
+    planned = _finished(planned, run.init, checkpoint, run.family, started)
+    planned = dataclasses.replace(
+        planned, fields=merged.decisions, problems=(*merged.problems, *planned.problems)
+    )
+    return Prepared(run, config, merged.record, module, make, backend, checkpoint, planned)
+
+
+def _family(record: fdl.Config[Run], run: Run) -> Family:
+    if run.family is not None:
+        return families.load(run.family)
+    if isinstance(record.model, fdl.Buildable):
+        return families.of_config(fdl.get_callable(record.model))
+    raise ConfigError(
+        "nobody says what family the model is of. Write `family:` in the recipe, one of "
+        f"{', '.join(families.names())}, or give a config class of your own."
+    )
+
+
+def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
+    assert checkpoint is not None and checkpoint.context is not None
+    context = checkpoint.context
+    fitting = families.find(context, checkpoint.tensors)
+    return ConfigError(
+        f"{checkpoint.path} holds a model of type {context.model!r} ({context.where}), which is "
+        f"not of the family {run.family!r}. Use a recipe of the family {fitting or 'auto'!r}."
+    )
+
+
+def _finished(
+    planned: LoadPlan,
+    init: InitPolicy,
+    checkpoint: Checkpoint | None,
+    family: str | None,
+    started: float,
+) -> LoadPlan:
+    """The plan with what only the whole of it knows: files, header, idle patterns, time."""
+    return dataclasses.replace(
+        planned,
+        problems=(*planned.problems, *_idle_patterns(init, planned)),
+        files=() if checkpoint is None else tuple(str(file.path) for file in checkpoint.files),
+        header={"bioinit": __version__, "checkpoint": _described(checkpoint, family)},
+        seconds=round(time.perf_counter() - started, 6),
+    )
+
+
+def _idle_patterns(init: InitPolicy, planned: LoadPlan) -> Iterator[Problem]:
+    for field in ("trainable", "frozen"):
+        for text in getattr(init, field):
+            pattern = Pattern(text)
+            if not any(pattern.match(key) is not None for key in planned.targets):
+                yield Problem(
+                    "pattern",
+                    text,
+                    f"init.{field} holds {text!r}, which matches no parameter. "
+                    f"{suggestion(text, planned.targets)}".strip(),
+                    "A pattern matches whole keys: * is one segment, ** one or more.",
+                )
+
+
+def _described(checkpoint: Checkpoint | None, family: str | None) -> dict[str, Any] | None:
+    if checkpoint is None:
+        return None
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "dialect": checkpoint.dialect,
+        "family": family or families.find(checkpoint.context, checkpoint.tensors),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.bytes,
+        "digest": checkpoint.digest,
+    }
+
+
+def _notes(spelling: Spelling, saved: ReadFields | None) -> list[str]:
+    notes = [spelling.note] if spelling.note else []
+    unknown = [] if saved is None else [f.name for f in saved.account if f.fate == "unknown"]
+    if unknown:
+        notes.append(f"fields of the saved config that nobody knows: {', '.join(unknown)}")
+    return notes

@@ -1,0 +1,137 @@
+"""The two sides of a plan: what the live model offers, and how stored names are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from bioinit.backends.protocol import Backend
+from bioinit.config import TrainableModelConfig
+from bioinit.contexts import Checkpoint
+from bioinit.families.protocol import Family
+from bioinit.keys import template
+from bioinit.layout import Dims
+from bioinit.mapping import Mapping as NameMapping
+from bioinit.mapping import Names
+from bioinit.plan import Model
+from bioinit.prefixes import AS_STORED, Spelling, solve
+from bioinit.rules import rename
+from bioinit.targets import describe
+
+NamesOf = Callable[[nn.Module, Mapping[str, Dims]], Names]
+
+
+@runtime_checkable
+class _HasEmbeddings(Protocol):
+    """What architectures with a vocabulary offer; the convention of ``transformers``."""
+
+    def get_input_embeddings(self) -> nn.Module | None: ...
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+def model_side(module: nn.Module, backend: Backend, dtype: torch.dtype | None) -> Model:
+    """``module`` as planning sees it."""
+    targets = describe(module)
+    float32 = backend.float32_keys(module, dtype) if dtype is not None else frozenset()
+
+    def describe_init(key: str) -> str:
+        return backend.describe_init(module, key) or "nothing"
+
+    def pinned(key: str) -> torch.dtype | None:
+        return torch.float32 if key in float32 else None
+
+    def computed(key: str) -> bool:
+        # Running statistics are learned; a fresh start for them is no substitute.
+        owner = module.get_submodule(key.rpartition(".")[0])
+        return not isinstance(owner, _NormBase) and backend.describe_init(module, key) is not None
+
+    return Model(targets, describe_init, pinned, computed, _vocab_keys(module))
+
+
+def _vocab_keys(module: nn.Module) -> Collection[str]:
+    if not isinstance(module, _HasEmbeddings):
+        return ()
+    try:
+        found = (module.get_input_embeddings(), module.get_output_embeddings())
+    except NotImplementedError:  # how transformers says that a model has no vocabulary
+        return ()
+    embeddings = {id(p) for m in found if m is not None for p in m.parameters(recurse=False)}
+    return {k for k, p in module.named_parameters(remove_duplicate=False) if id(p) in embeddings}
+
+
+def names_of_family(
+    family: Family, config: TrainableModelConfig, module: nn.Module, checkpoint: Checkpoint | None
+) -> tuple[Names, Spelling]:
+    """The tables of a family for this checkpoint, and how its names are spelled."""
+    if checkpoint is None:
+        return family.names(config, module, "hf", {}), AS_STORED
+    dialect = family.dialect_of(checkpoint.tensors)
+    checkpoint.dialect = dialect or "hf"
+    return _names(
+        module,
+        checkpoint,
+        lambda live, shapes: family.names(config, live, dialect or "hf", shapes),
+    )
+
+
+def names_of_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    own_names: NamesOf | None,
+    mapping: Mapping[str, str] | NameMapping | None,
+) -> tuple[Names, Spelling]:
+    """The tables for a module that somebody has already, or the ones this person gave."""
+    if mapping is not None:
+        disk = (
+            mapping
+            if isinstance(mapping, NameMapping)
+            else NameMapping([rename(old, new) for old, new in mapping.items()])
+        )
+        return Names(disk, NameMapping.identity()), AS_STORED
+    identity = Names(NameMapping.identity(), NameMapping.identity())
+    return _names(module, checkpoint, own_names or (lambda live, shapes: identity))
+
+
+def _names(module: nn.Module, checkpoint: Checkpoint, names_of: NamesOf) -> tuple[Names, Spelling]:
+    """Solve wrapper prefixes first, then ask for the tables of the names as they are spelled."""
+    weights = [name for name, tensor in checkpoint.tensors.items() if tensor.kind == "weight"]
+    keys = [target.key for target in describe(module).values() if target.persistent]
+    as_stored = {name: checkpoint.tensors[name].shape for name in weights}
+    first = names_of(module, as_stored)
+    spelling = solve(weights, _Wanted(first, keys), keys)
+    if spelling == AS_STORED:
+        return first, spelling
+    return names_of(module, {spelling.spell(n): shape for n, shape in as_stored.items()}), spelling
+
+
+class _Wanted:
+    """Whether the model wants a tensor of a name. Judged by templates, so it is cheap to ask.
+
+    A name is wanted if it is a key of the model, or if the disk dialect leads it to a canonical
+    tensor to which some key of the model leads as well.
+    """
+
+    def __init__(self, names: Names, keys: Collection[str]) -> None:
+        self._disk = names.disk
+        self._keys = set(map(template, keys))
+        kinds = {template(key): key for key in keys}
+        self._canonical = {c for key in kinds.values() for c in _canonical(names.memory, key)}
+
+    def __call__(self, name: str) -> bool:
+        return template(name) in self._keys or any(
+            canonical in self._canonical for canonical in _canonical(self._disk, name)
+        )
+
+
+def _canonical(mapping: NameMapping, name: str) -> Iterator[str]:
+    """Templates of the canonical tensors that ``name`` leads to."""
+    rule = mapping.rule_for(name)
+    captures = None if rule is None else rule.pattern.match(name)
+    if rule is not None and captures is not None:
+        for part in rule.parts:
+            yield template(part.key(captures, (0,) * len(part.each)))

@@ -1,0 +1,172 @@
+"""A model, its context and its receipt on disk: whole or not at all.
+
+Everything is written into a hidden folder beside the final one, synced, and renamed into place. A
+receipt lists every file with its digest; ``verify`` computes them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bioinit.backends.protocol import Backend
+from bioinit.errors import CorruptCheckpoint, StorageError
+from bioinit.record import save_context
+from bioinit.report import dumps
+from bioinit.storage import Folder, atomic_folder
+
+RECEIPT = "receipt.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+)
+"""Files that belong to a model in the hf dialect and go along unchanged."""
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    backend: Backend,
+    record: Any,
+    receipt: Mapping[str, Any],
+    source: Folder | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write ``model``, its context, companions of ``source`` and the receipt to ``path``.
+
+    Args:
+        model: real everywhere.
+        path: the folder to make; an existing one must be empty unless ``overwrite``.
+        backend: who knows how such a model is written.
+        record: what the next run will read as the saved config.
+        receipt: the report's JSON; the digests of the written files are added to it.
+        source: the checkpoint, whose tokenizer and generation config go along.
+        overwrite: replace a non-empty folder.
+        max_shard_bytes: the most bytes of one weight file.
+
+    Returns:
+        The receipt as it was written.
+
+    Raises:
+        StorageError: the folder exists, or cannot be written; nothing is left under its name.
+    """
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        backend.save(model, folder, max_shard_bytes)
+        save_context(record, folder)
+        if source is not None:
+            _copy_companions(source, folder)
+        document = {**receipt, "files": list(_digests(folder))}
+        (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
+    return document
+
+
+def check_free(path: str | Path, *, overwrite: bool = False) -> None:
+    """Say now, before anything is loaded, that ``path`` cannot be written at the end.
+
+    Raises:
+        StorageError: there is a file, or a folder that is not empty.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if overwrite or not any(folder.iterdir()):
+            return
+        raise StorageError(
+            f"{folder} exists and is not empty. Choose another output_dir, "
+            "or set output.overwrite=true to replace it."
+        )
+    if folder.exists():
+        raise StorageError(f"{folder} is a file, not a folder. Choose another output_dir.")
+
+
+def verify(path: str | Path) -> list[dict[str, str]]:
+    """Compute the digests of a receipt again.
+
+    Returns:
+        One entry per file, ``{"path", "status": "unchanged"}``, when nothing has changed.
+
+    Raises:
+        CorruptCheckpoint: a file of the receipt changed or is missing, or the receipt is unusable.
+        StorageError: there is no receipt.
+    """
+    folder = Folder.at(path)
+    if not folder.has(RECEIPT):
+        raise StorageError(
+            f"{folder.path} has no {RECEIPT}. Point at a folder that `bioinit init` wrote."
+        )
+    receipt = folder.read_json(RECEIPT)
+    listed = receipt.get("files") if isinstance(receipt, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(entry, dict) and {"path", "sha256", "bytes"} <= entry.keys() for entry in listed
+    ):
+        raise CorruptCheckpoint(
+            f"{folder.path / RECEIPT} lists no files with digests. Write the model again."
+        )
+    found: list[dict[str, str]] = []
+    for entry in listed:
+        name = str(entry["path"])
+        if not folder.has(name):
+            status = "missing"
+        else:
+            digest = _digest(folder.path / name)
+            status = "unchanged" if digest == entry["sha256"] else "changed"
+        found.append({"path": name, "status": status})
+    wrong = [
+        f"{entry['path']} {entry['status']}" for entry in found if entry["status"] != "unchanged"
+    ]
+    if wrong:
+        raise CorruptCheckpoint(
+            f"{folder.path} is not what its receipt says: {', '.join(wrong)}. "
+            "Write the model again, or fetch it again from where it came."
+        )
+    return found
+
+
+def _copy_companions(source: Folder, folder: Path) -> None:
+    around = source.around or source
+    for name in _COMPANIONS:
+        if around.has(name):
+            file = around.file(name)
+            with open(folder / name, "wb") as out:
+                out.write(file.read(0, file.size))
+
+
+def _digests(folder: Path) -> Iterator[dict[str, Any]]:
+    for directory, inner, names in os.walk(folder):
+        inner.sort()
+        for name in sorted(names):
+            file = Path(directory) / name
+            yield {
+                "path": file.relative_to(folder).as_posix(),
+                "bytes": file.stat().st_size,
+                "sha256": _digest(file),
+            }
+
+
+def _digest(file: Path) -> str:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {file}: {error.strerror}. Check its permissions."
+        ) from error
