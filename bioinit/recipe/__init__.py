@@ -1,8 +1,9 @@
 """From a recipe's name and a person's words to the record of a run.
 
-Hydra composes plain trees and nothing else: the presets, the recipe that chooses them, the words of
-the command line, in this order. Which of them said what is kept for every key, because a value that a
-person *wrote* is treated differently from a default. The schema judges once, when the record is made.
+Hydra composes plain trees and nothing else: the presets, the recipe that chooses them, the words
+of the command line, in this order. Which of them said what is kept for every key, because a value
+that a person *wrote* is not treated as a default is. The schema judges once, when the record is
+made.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bioinit import families
+from bioinit.config import Run, TrainableModelConfig
 from bioinit.errors import ConfigError
-from bioinit.keys import suggestion
-from bioinit.record import Origin
 from bioinit.recipe import sources
 from bioinit.recipe.overrides import Job, Word, jobs
 from bioinit.recipe.sources import Document, Source
+from bioinit.record import Origin, make_record
 
 __all__ = ["Composed", "Job", "compose", "compose_tree", "jobs", "sources"]
 
@@ -57,6 +59,74 @@ class Composed:
         keys += [key for key in self.tree if key not in order]
         tree = _each_text({key: self.tree[key] for key in keys}, _escaped)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> fdl.Config[Run]:
+    """The record of the run that a recipe and ``key=value`` overrides describe.
+
+    Args:
+        name: a name that ``bioinit recipes`` lists, or the path of a YAML file.
+        overrides: what the command line takes after it, for example ``["model.num_labels=3"]``.
+
+    Raises:
+        ConfigError: an unknown name anywhere, a value that does not fit, no such recipe.
+        StorageError: a person's own recipe file cannot be read.
+    """
+    composed = compose_tree(name, overrides)
+    tree = dict(composed.tree)
+    model = tree.pop("model", None) or {}
+    problems: list[str] = []
+    with _collected(problems):
+        tree["model"] = _model(name, tree.get("family"), model, composed.origins)
+    with _collected(problems):
+        record: fdl.Config[Run] = make_record(Run, tree, composed.origins)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return record
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        problems.append(str(error))
+
+
+def _model(
+    recipe: str, family: str | None, written: dict[str, Any], origins: dict[str, Origin]
+) -> Any:
+    """The record of the model's config; plain fields where the checkpoint decides its class."""
+    target = written.pop("_target_", None)
+    if target is not None:
+        cls: type[TrainableModelConfig] | None = _class_named(target, origins)
+    elif family is None:
+        raise ConfigError(
+            f"recipe {recipe} names neither a family nor a config class. Write family: NAME (known: "
+            f"{', '.join(families.names())}), or model._target_: mypackage.MyConfig."
+        )
+    else:
+        cls = families.load(family).config
+    return written if cls is None else make_record(cls, written, origins, at="model")
+
+
+def _class_named(target: str, origins: dict[str, Origin]) -> type[TrainableModelConfig]:
+    """The config class that a person's recipe names; only this is ever imported by name."""
+    where = origins["model._target_"].where
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a person's module may fail in any way while it is imported
+        raise ConfigError(
+            f"model._target_ ({where}): importing {target!r} failed, {type(error).__name__}: "
+            f"{error}. Give the dotted name of a config class, its folder on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, TrainableModelConfig)):
+        raise ConfigError(
+            f"model._target_ ({where}): {target!r} is no model config. It must be a subclass of "
+            "bioinit.TrainableModelConfig."
+        )
+    return found
 
 
 def compose_tree(name: str, overrides: Sequence[str] = ()) -> Composed:

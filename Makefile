@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all a newcomer types. Each makes .venv if need be, installs the pinned
+# versions of constraints.txt, and runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PINS := pyproject.toml constraints.txt
+
+.PHONY: demo test check fix
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.done
+	$(BIN)/python demo/run.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(VENV)/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/made.done:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bioinit needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/demo.done: $(VENV)/made.done $(PINS)
+	@echo 'installing the pinned versions; the first time this takes some minutes'
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/made.done $(PINS)
+	@echo 'installing the pinned versions; the first time this takes some minutes'
+	$(INSTALL) --editable '.[demo,nemo-run,test]'
+	@touch $@
