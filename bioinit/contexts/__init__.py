@@ -1,0 +1,188 @@
+"""What a checkpoint says of itself: its saved config, and the checkpoint as a whole.
+
+The folder is the list of kinds of saved config: a file here that defines ``CONTEXT`` is one, and
+packages add more through the entry-point group ``bioinit.contexts``.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from bioinit import formats
+from bioinit.contexts.checkpoint import Checkpoint
+from bioinit.contexts.protocol import Context, ContextKind
+from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
+from bioinit.keys import suggestion
+from bioinit.storage import Folder
+
+__all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint"]
+
+GROUP = "bioinit.contexts"
+_NOT_KINDS = {"protocol", "checkpoint"}
+_URI = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_DOWNLOADS = {
+    "hf": "hf download ORG/NAME --local-dir DIR",
+    "s3": "aws s3 cp --recursive URI DIR",
+    "gs": "gcloud storage cp --recursive URI DIR",
+}
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|nemo)(\.index\.json)?$")
+
+
+def names() -> tuple[str, ...]:
+    """The names of all kinds of saved config: files of this folder, then entry points."""
+    here = {m.name for m in pkgutil.iter_modules(__path__)} - _NOT_KINDS
+    plugged = {entry.name for entry in entry_points(group=GROUP)} - here
+    return (*sorted(here), *sorted(plugged))
+
+
+def load(name: str) -> ContextKind:
+    """The kind of saved config called ``name``, imported now."""
+    [*plugged] = entry_points(group=GROUP, name=name)
+    if plugged and name not in {m.name for m in pkgutil.iter_modules(__path__)}:
+        kind = plugged[0].load()
+    else:
+        kind = import_module(f"{__name__}.{name}").CONTEXT
+    if not isinstance(kind, ContextKind):
+        raise ConfigError(f"the saved-config kind {name!r} is a {type(kind).__name__}. Repair it.")
+    return kind
+
+
+def find(folder: Folder) -> Context | None:
+    """The saved config in ``folder`` that says most, with the others beside it; None if none.
+
+    Raises:
+        CheckpointError: there is one that cannot be used.
+    """
+    kinds = sorted(map(load, names()), key=lambda kind: -kind.rank)
+    found = [context for kind in kinds if (context := kind.read(folder)) is not None]
+    if not found:
+        return None
+    carried = dict.fromkeys(name for context in found for name in context.carried)
+    return replace(found[0], beside=tuple(found[1:]), carried=tuple(carried))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: its headers and its saved config, no weight byte.
+
+    Args:
+        path: a local folder or file.
+
+    Raises:
+        StorageError: there is nothing at ``path``, or it is not local.
+        CheckpointError: what is there cannot be used; the message says why and what to do.
+    """
+    folder = _local(path)
+    around = folder.around or folder
+    try:
+        _refuse_what_needs_more(around)
+        format_name, contents = formats.open_weights(folder)
+        context = find(around)
+    except BaseException:
+        folder.close()
+        raise
+    return Checkpoint(folder.path, format_name, contents, context)
+
+
+def load_context(path: str | Path, subpath: str | None = None) -> Any:
+    """The saved config of a checkpoint, or a part of it, as plain data. Nothing is imported.
+
+    Args:
+        path: the checkpoint's folder, its ``context/``, or a weight file beside them.
+        subpath: dotted keys, ``model`` or ``model.config`` for the model's fields, and further
+            down a single field, ``model.config.hidden_size``.
+
+    Raises:
+        UnknownFormat: there is no saved config.
+        ConfigError: it has nothing at ``subpath``; the message lists what there is.
+    """
+    folder = _local(path)
+    context = find(folder.around or folder)
+    if context is None:
+        raise UnknownFormat(
+            f"{folder.path} holds no saved config. Known kinds: {', '.join(names())}. "
+            "Point at the folder in which config.json or context/ lies."
+        )
+    found: Any = context.tree
+    taken: list[str] = []
+    for key in subpath.split(".") if subpath else ():
+        if taken == ["model"] and key == "config" and "config" not in found:
+            continue  # other systems keep a model's config one step further down
+        if not isinstance(found, Mapping) or key not in found:
+            at = ".".join(taken) or "the top"
+            there = sorted(map(str, found)) if isinstance(found, Mapping) else []
+            raise ConfigError(
+                f"{context.where} has nothing at {subpath!r}: at {at} there is no {key!r}. "
+                f"{suggestion(key, there)} There is: {', '.join(there) or 'a single value'}."
+            )
+        found = found[key]
+        taken.append(key)
+    return found
+
+
+def _local(path: str | Path) -> Folder:
+    scheme = _URI.match(str(path))
+    if scheme is not None:
+        how = _DOWNLOADS.get(scheme[1].lower(), "any tool that can fetch it")
+        raise StorageError(
+            f"{path} is not local, and bioinit cannot fetch it yet. Download it first ({how}) and "
+            "give the local path."
+        )
+    return Folder.at(path)
+
+
+def _refuse_what_needs_more(folder: Folder) -> None:
+    """Raise for a checkpoint that only runs with code, kernels or weights that are not ours."""
+    if folder.has("adapter_config.json") and not any(map(_is_full_weights, _all_files(folder))):
+        raise RefusedCheckpoint(
+            f"{folder.path} is a bare adapter: adapter_config.json and no weights of a whole "
+            "model. Merge it into its base first (peft: merge_and_unload, then save_pretrained) "
+            "and start from the result, or start from the base."
+        )
+    if not folder.has("config.json"):
+        return
+    config = folder.read_json("config.json")
+    if not isinstance(config, dict):
+        return
+    parts = {"": config} | {f"{k}.": v for k, v in config.items() if isinstance(v, dict)}
+    for at, part in parts.items():
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                method = part[key].get("quant_method") if isinstance(part[key], dict) else None
+                raise RefusedCheckpoint(
+                    f"{folder.path} is quantized ({at}{key} in config.json, method "
+                    f"{method or 'unknown'}): its tensors are codes, not weights. Start from the "
+                    "checkpoint it was made from, or write a dequantized one with the tool that "
+                    "made it (transformers: model.dequantize(), then save_pretrained)."
+                )
+    if config.get("auto_map"):
+        files = sorted({str(target).split(".")[0] for target in _values(config["auto_map"])})
+        raise RefusedCheckpoint(
+            f"{folder.path} needs code that it brings along (auto_map in config.json: "
+            f"{', '.join(files)}), and bioinit runs no code of a checkpoint. If transformers has "
+            f"this architecture ({config.get('model_type')!r}) itself, remove auto_map from "
+            "config.json; otherwise write your own module and use bioinit.load_weights on a copy "
+            "of the weights."
+        )
+
+
+def _all_files(folder: Folder) -> tuple[str, ...]:
+    return (*folder.names(), *(f"{inner}/" for inner in folder.folders()))
+
+
+def _is_full_weights(name: str) -> bool:
+    return _WEIGHTS.fullmatch(name) is not None and not name.startswith("adapter_")
+
+
+def _values(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Mapping):
+        return tuple(inner for item in value.values() for inner in _values(item))
+    if isinstance(value, list):
+        return tuple(inner for item in value for inner in _values(item))
+    return () if value is None else (value,)

@@ -1,0 +1,153 @@
+"""An open checkpoint: where its tensors lie, and what it says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from bioinit.contexts.protocol import Context
+from bioinit.errors import ConfigError, CorruptCheckpoint
+from bioinit.formats.protocol import Contents, Piece, StoredTensor
+from bioinit.keys import suggestion
+from bioinit.layout import Box, Dims, intersect, numel, row_major
+from bioinit.storage import File
+
+Region = tuple[Dims, Dims]
+"""Offsets and sizes, one of each per dim."""
+
+
+class Checkpoint:
+    """A checkpoint whose headers are read and whose weights are not. A context manager.
+
+    ``dialect`` is None until somebody who knows the names (a family) has said whose they are.
+    """
+
+    def __init__(
+        self, path: Path, format_name: str, contents: Contents, context: Context | None
+    ) -> None:
+        self.path = path
+        self.format = format_name
+        self.dialect: str | None = None
+        self.context = context
+        self._contents = contents
+        self._digest: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.path)!r}, format={self.format!r}, {len(self.tensors)} tensors)"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return self._contents.files
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self._contents.tensors
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._contents.metadata
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored tensors; what several share is counted once."""
+        return sum(
+            {
+                (piece.file, piece.offset, piece.box[1:]): numel(piece.box.sizes) * t.dtype.itemsize
+                for t in self.tensors.values()
+                for piece in t.pieces
+            }.values()
+        )
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 over names, sizes and times of the files and everything the headers say."""
+        if self._digest is None:
+            found = hashlib.sha256()
+            for file in self.files:
+                found.update(
+                    json.dumps([file.name, file.offset, file.size, file.mtime_ns]).encode()
+                )
+            for name, tensor in self.tensors.items():
+                line = [name, str(tensor.dtype), tensor.shape, tensor.kind, tensor.pieces]
+                found.update(json.dumps(line).encode())
+            self._digest = found.hexdigest()
+        return self._digest
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """A stored tensor, or a region of it, as a new tensor of its stored dtype.
+
+        Args:
+            name: the stored name.
+            region: offsets and sizes, one of each per dim; the whole tensor if None.
+
+        Raises:
+            ConfigError: there is no such tensor, or the region lies outside of it.
+            CorruptCheckpoint: the file ends early, or no piece holds a part of the region.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ConfigError(
+                f"{self.path} holds no tensor {name!r}. {suggestion(name, self.tensors)}".rstrip()
+            )
+        offsets, sizes = region or ((0,) * len(tensor.shape), tensor.shape)
+        _require_inside(name, tensor.shape, offsets, sizes)
+        result = torch.empty(sizes, dtype=tensor.dtype)
+        target = Box(tuple(offsets), tuple(sizes), 0, row_major(tuple(sizes)))
+        filled = sum(self._fill(result, piece, target) for piece in tensor.pieces)
+        if filled < numel(target.sizes):
+            raise CorruptCheckpoint(
+                f"{self.path}: the pieces of {name!r} hold {filled} of the {numel(target.sizes)} "
+                "elements that were asked for. Fetch or write the checkpoint again."
+            )
+        return result
+
+    def _fill(self, result: torch.Tensor, piece: Piece, target: Box) -> int:
+        overlap = intersect(piece.box, target)
+        if overlap is None or not numel(overlap.sizes):
+            return 0
+        strides = overlap.source_strides
+        steps = [(size - 1) * step for size, step in zip(overlap.sizes, strides, strict=True)]
+        itemsize = result.dtype.itemsize
+        buffer = bytearray((sum(steps) + 1) * itemsize)
+        start = piece.offset + overlap.source_start * itemsize
+        self.files[piece.file].read_into(start, (buffer,))
+        stored = torch.frombuffer(buffer, dtype=result.dtype).as_strided(overlap.sizes, strides)
+        place = result.as_strided(overlap.sizes, overlap.target_strides, overlap.target_start)
+        place[...] = stored
+        return numel(overlap.sizes)
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        for file in self.files:
+            file.close()
+
+
+def _require_inside(name: str, shape: Dims, offsets: Dims, sizes: Dims) -> None:
+    fits = len(offsets) == len(sizes) == len(shape) and all(
+        0 <= low and 0 <= size and low + size <= whole
+        for low, size, whole in zip(offsets, sizes, shape, strict=True)
+    )
+    if not fits:
+        raise ConfigError(
+            f"the region with offsets {tuple(offsets)} and sizes {tuple(sizes)} does not lie in "
+            f"{name!r}, which has the shape {shape}."
+        )
