@@ -76,7 +76,7 @@ def test_imports_only_go_downstairs(path):
 def test_siblings_do_not_know_each_other(corridor):
     folder = HOUSE / corridor
     names = {p.stem for p in folder.glob("[!_]*") if p.suffix == ".py" or p.is_dir()} - {"protocol"}
-    for path in folder.rglob("*.py"):
+    for path in set(folder.rglob("*.py")) - set(folder.glob("_*.py")):
         sibling = path.relative_to(folder).parts[0].removesuffix(".py")
         known = {m.split(".")[2] for m in modules_imported(path) if m.count(".") > 1
                  and m.startswith(f"bioinit.{corridor}.")}  # fmt: skip

@@ -10,21 +10,11 @@ import pytest
 
 import bioinit
 
-HEAVY = {
-    "torch",
-    "numpy",
-    "pydantic",
-    "hydra",
-    "omegaconf",
-    "rich",
-    "fiddle",
-    "transformers",
-    "yaml",
-}
+HEAVY = set("torch numpy pydantic hydra omegaconf rich fiddle transformers yaml".split())
 PROMISED = (
-    "compose plan initialize load_weights open_checkpoint load_context partial TrainableModelConfig "
-    "Run LoadPlan LoadReport BioinitError ConfigError CheckpointError CorruptCheckpoint "
-    "RefusedCheckpoint UnknownFormat AmbiguousFormat UnfinishedCheckpoint MappingError PlanError "
+    "compose plan initialize load_weights open_checkpoint load_context partial LoadPlan LoadReport "
+    "TrainableModelConfig Run BioinitError ConfigError CheckpointError CorruptCheckpoint PlanError "
+    "RefusedCheckpoint UnknownFormat AmbiguousFormat UnfinishedCheckpoint MappingError "
     "StorageError"
 ).split()
 

@@ -1,7 +1,7 @@
 """Outside tools, one sibling each; and what they share: a run as data that composes where it runs.
 
-A job is a recipe's name and overrides, as text. Built objects do not travel: the record would be lost
-on the way, and paths would be judged on the wrong machine.
+A job is a recipe's name and overrides, as text. Built objects do not travel: the record would be
+lost on the way, and paths would be judged on the wrong machine.
 
 >>> job = partial("auto/as_saved", ["model.initial_ckpt_path=/ckpt"])
 >>> job.recipe, job.overrides

@@ -1,10 +1,14 @@
 """NeMo-Run: the same job as a ``run.Partial``.
 
-import nemo_run as run
-from bioinit.integrations import nemo_run
+For example::
 
-task = nemo_run.partial("auto/as_saved", ["model.initial_ckpt_path=/ckpt", "output_dir=/out"])
-run.run(task, executor=run.LocalExecutor())
+    import nemo_run as run
+    from bioinit.integrations import nemo_run
+
+    task = nemo_run.partial("auto/as_saved", ["model.initial_ckpt_path=/ckpt", "output_dir=/out"])
+    run.run(task, executor=run.LocalExecutor())
+
+The job travels as text and composes on the machine that the executor chose.
 """
 
 from __future__ import annotations

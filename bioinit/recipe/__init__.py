@@ -102,8 +102,8 @@ def _model(
         cls: type[TrainableModelConfig] | None = _class_named(target, origins)
     elif family is None:
         raise ConfigError(
-            f"recipe {recipe} names neither a family nor a config class. Write family: NAME (known: "
-            f"{', '.join(families.names())}), or model._target_: mypackage.MyConfig."
+            f"recipe {recipe} names neither a family nor a config class. Write family: NAME, one "
+            f"of {', '.join(families.names())}; or model._target_: mypackage.MyConfig."
         )
     else:
         cls = families.load(family).config
@@ -195,16 +195,14 @@ def _escaped(text: str) -> str:
 @contextmanager
 def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
     """Recipes as options of Hydra's group ``recipe``; a folder outside ``conf/`` cannot be one."""
-    found = [sources.find(name) for name in sources.names()]
-    documents: dict[str, Document] = {}
+    documents = {f"recipe/{name}": document for name, document in sources.ours().items()}
+    if recipe.is_own:
+        documents[f"recipe/{_OWN}"] = sources.parse(recipe.path, recipe.name)
     store = ConfigStore.instance()
     before = store.repo.pop("recipe", None)
     try:
-        for source in [*found, *([recipe] if recipe.is_own else [])]:
-            option = _option(source)
-            document = sources.parse(source.path, source.name)
-            documents[f"recipe/{option}"] = document
-            group, _, leaf = f"recipe/{option}".rpartition("/")
+        for option, document in documents.items():
+            group, _, leaf = option.rpartition("/")
             store.store(group=group, name=leaf, node=document.tree, package="_global_")
         defaults: list[Any] = [{group: None} for group in sources.GROUPS]
         store.store(name=_ROOT, node={"defaults": [*defaults, {"recipe": "???"}, "_self_"]})

@@ -6,6 +6,7 @@ is one option of a config group, ``conf/<group>/<option>.yaml``. The folders are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,12 @@ def find(name: str) -> Source:
             f"there is no recipe {name!r}. {cure} `bioinit recipes` lists all of them."
         )
     return Source(name, path, is_own=False)
+
+
+@functools.cache
+def ours() -> dict[str, Document]:
+    """All shipped recipes by name, parsed once."""
+    return {name: parse(find(name).path, name) for name in names()}
 
 
 def parse(path: Path, shown: str) -> Document:

@@ -1,0 +1,74 @@
+"""Every recipe and every preset in the repository: the folders are the lists."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bioinit import families, recipe
+from bioinit.config import InitPolicy, Output, Placement
+from bioinit.keys import Pattern, SkipPrefix
+from bioinit.recipe import sources
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PRESETS = sorted((ROOT / "conf").rglob("*.yaml"))
+TASKS = (
+    "masked_lm causal_lm sequence_classification token_classification regression as_saved".split()
+)
+each_recipe = pytest.mark.parametrize("name", sources.names())
+each_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+
+
+def test_the_folder_is_the_list():
+    assert len(sources.names()) == len(FILES) > 0
+    assert {group for group in sources.GROUPS if sources.options(group)} == set(sources.GROUPS)
+
+
+@each_recipe
+def test_a_recipe_composes_into_a_record(name):
+    record = recipe.compose(name)
+    assert record.family == name.split("/")[0]
+
+
+@each_recipe
+def test_a_recipe_is_named_after_its_family_and_task(name):
+    family, task = name.split("/")
+    assert family in families.names() and task in TASKS
+
+
+@each_recipe
+def test_a_recipe_says_in_one_line_what_it_is_for(name):
+    assert 20 < len(sources.summary(sources.find(name))) < 100
+
+
+@each_recipe
+def test_a_recipe_writes_patterns_and_prefixes_that_can_match(name):
+    tree = recipe.compose_tree(name).tree
+    prefixes = tree.get("model", {}).get("initial_ckpt_skip_keys_with_these_prefixes", [])
+    assert all(SkipPrefix(prefix).matches(f"{prefix}.weight") for prefix in prefixes)
+    patterns = tree.get("init", {}).get("new", [])
+    assert all(Pattern(p).match(p.replace("**", "a.b").replace("*", "a")) for p in patterns)
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
+@pytest.mark.parametrize("family", ["esm2", "bert"])
+def test_a_new_head_is_already_on_the_skip_list(family, task):
+    model = recipe.compose(f"{family}/{task}").model
+    assert model.initial_ckpt_skip_keys_with_these_prefixes == ("classifier",)
+
+
+@each_preset
+def test_a_preset_says_in_its_first_line_what_it_is(path):
+    assert path.read_text().startswith("# ")
+
+
+@each_preset
+def test_a_preset_writes_fields_that_exist(path):
+    written = set(sources.parse(path, path.name).lines)
+    classes = {"init": InitPolicy, "placement": Placement, "output": Output}
+    if path.parent.name == "model":
+        family = "esm2" if path.stem.startswith("esm2") else "bert"
+        recipe.compose(f"{family}/masked_lm", [f"model={path.stem}"])
+    else:
+        assert written <= {f.name for f in dataclasses.fields(classes[path.parent.name])}
