@@ -87,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         folder.close()
         raise
-    return Checkpoint(folder.path, format_name, contents, context)
+    return Checkpoint(folder, format_name, contents, context)
 
 
 def load_context(path: str | Path, subpath: str | None = None) -> Any:

@@ -16,7 +16,7 @@ from bioinit.errors import ConfigError, CorruptCheckpoint
 from bioinit.formats.protocol import Contents, Piece, StoredTensor
 from bioinit.keys import suggestion
 from bioinit.layout import Box, Dims, intersect, numel, row_major
-from bioinit.storage import File
+from bioinit.storage import File, Folder
 
 Region = tuple[Dims, Dims]
 """Offsets and sizes, one of each per dim."""
@@ -29,9 +29,10 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, format_name: str, contents: Contents, context: Context | None
+        self, folder: Folder, format_name: str, contents: Contents, context: Context | None
     ) -> None:
-        self.path = path
+        self.folder = folder
+        self.path: Path = folder.path
         self.format = format_name
         self.dialect: str | None = None
         self.context = context
@@ -139,6 +140,7 @@ class Checkpoint:
         """Give the file descriptors back."""
         for file in self.files:
             file.close()
+        self.folder.close()
 
 
 def _require_inside(name: str, shape: Dims, offsets: Dims, sizes: Dims) -> None:

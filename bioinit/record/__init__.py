@@ -8,8 +8,8 @@ one back.
 
 from __future__ import annotations
 
-from bioinit.record.context import load_record, model_node, read_context, save_context
-from bioinit.record.door import coerce, make_record, record_of
+from bioinit.record.context import load_record, model_node, read_context, save_context, shown
+from bioinit.record.door import coerce, fit, make_record, record_of, with_records
 from bioinit.record.fields import (
     Marks,
     Origin,
@@ -18,6 +18,7 @@ from bioinit.record.fields import (
     any_config,
     bookkeeping,
     derived,
+    is_config,
     label,
     marked,
     one_of,
@@ -50,9 +51,11 @@ __all__ = [
     "changed_behind",
     "coerce",
     "derived",
+    "fit",
     "get_hparam",
     "get_hparams",
     "get_non_default_hparams",
+    "is_config",
     "label",
     "load_record",
     "make_record",
@@ -68,5 +71,7 @@ __all__ = [
     "same",
     "save_context",
     "set_hparam",
+    "shown",
     "specs",
+    "with_records",
 ]

@@ -166,20 +166,23 @@ def _readable(record: Any) -> str:
     live = build(record, at="model")
     kind = label(fdl.get_callable(record)) if isinstance(record, fdl.Config) else "a plain mapping"
     head = f"# {kind}\n# Every field and the value it had. {RECORD_FILE} is what is read back.\n"
-    return head + yaml.safe_dump(_shown(live), sort_keys=False, allow_unicode=True, width=100)
+    return head + yaml.safe_dump(shown(live), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
+    """``value`` as plain JSON data for people: names of dtypes and functions, lists of tuples."""
+    if isinstance(value, fdl.Config):
+        return {name: shown(item) for name, item in fdl.ordered_arguments(value).items()}
     if is_config(value) and not isinstance(value, type):
-        return {s.name: _shown(getattr(value, s.name)) for s in specs(type(value)).values()}
+        return {s.name: shown(getattr(value, s.name)) for s in specs(type(value)).values()}
     if isinstance(value, enum.Enum):
         return value.name
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple | list | set | frozenset):
-        return [_shown(item) for item in value]
+        return [shown(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _shown(item) for key, item in value.items()}
+        return {str(key): shown(item) for key, item in value.items()}
     if callable(value) and not isinstance(value, PurePath):
         try:
             return names.name_of(value)
