@@ -108,18 +108,15 @@ def gather(chosen: Chosen, opened: Sequence[tuple[str, Contents]]) -> Contents:
     tensors: dict[str, StoredTensor] = {}
     num_seen = num_weights = 0
     for name, contents in opened:
-        first = len(files)
+        found = contents.tensors
+        if chosen.index:
+            weights = [key for key, tensor in found.items() if tensor.kind == "weight"]
+            if not dict.fromkeys(weights, name).items() <= chosen.placed.items():
+                _raise_misplaced(chosen, weights, name)
+            num_weights += len(weights)
+        tensors.update(_renumbered(found, first=len(files)) if files else found)
         files.extend(contents.files)
-        for key, tensor in contents.tensors.items():
-            if chosen.index and tensor.kind == "weight":
-                num_weights += 1
-                if chosen.placed.get(key) != name:
-                    _raise_misplaced(chosen, key, name)
-            if first:
-                pieces = tuple([Piece(first + file, at, box) for file, at, box in tensor.pieces])
-                tensor = StoredTensor(tensor.shape, tensor.dtype, pieces, tensor.kind)
-            tensors[key] = tensor
-        num_seen += len(contents.tensors)
+        num_seen += len(found)
         if len(tensors) != num_seen:
             _raise_twice(opened)
     if chosen.index and num_weights != len(chosen.placed):
@@ -227,7 +224,21 @@ def _raise_several(folder: Folder, sets: Sequence[WeightSet]) -> NoReturn:
     )
 
 
-def _raise_misplaced(chosen: Chosen, key: str, name: str) -> NoReturn:
+def _renumbered(tensors: Mapping[str, StoredTensor], first: int) -> dict[str, StoredTensor]:
+    """``tensors`` with their files counted from ``first`` on."""
+    renumbered = {}
+    for key, (shape, dtype, pieces, kind) in tensors.items():
+        if len(pieces) == 1:  # all but always; a generator here would double the time
+            file, offset, box = pieces[0]
+            moved: tuple[Piece, ...] = (Piece(first + file, offset, box),)
+        else:
+            moved = tuple(Piece(first + file, offset, box) for file, offset, box in pieces)
+        renumbered[key] = StoredTensor(shape, dtype, moved, kind)
+    return renumbered
+
+
+def _raise_misplaced(chosen: Chosen, keys: Sequence[str], name: str) -> NoReturn:
+    key = next(key for key in keys if chosen.placed.get(key) != name)
     where = chosen.placed.get(key)
     said = "does not list" if where is None else f"places in {where}"
     raise CorruptCheckpoint(
