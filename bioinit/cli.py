@@ -307,16 +307,16 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from bioinit import recipe
+    from bioinit.recipe import compose_tree, sources
 
     if arguments.name is not None:
-        composed = recipe.compose_tree(arguments.name)
+        composed = compose_tree(arguments.name)
         if arguments.json:
             _print_json(composed.tree)
         else:
             print(composed.render(), end="")
         return 0
-    about = {name: recipe.sources.summary(recipe.sources.find(name)) for name in recipe.names()}
+    about = {name: sources.summary(sources.find(name)) for name in sources.names()}
     if arguments.json:
         _print_json([{"name": name, "about": text} for name, text in about.items()])
         return 0

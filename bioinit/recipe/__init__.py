@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fiddle as fdl
 import yaml
@@ -27,13 +27,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bioinit import families
-from bioinit.config import Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.recipe import sources
 from bioinit.recipe.overrides import Job, Word, jobs
 from bioinit.recipe.sources import Document, Source
 from bioinit.record import Origin, make_record
+
+if TYPE_CHECKING:
+    from bioinit.config import Run, TrainableModelConfig
 
 __all__ = ["Composed", "Job", "compose", "compose_tree", "jobs", "sources"]
 
@@ -72,6 +73,8 @@ def compose(name: str, overrides: Sequence[str] = ()) -> fdl.Config[Run]:
         ConfigError: an unknown name anywhere, a value that does not fit, no such recipe.
         StorageError: a person's own recipe file cannot be read.
     """
+    from bioinit.config import Run  # torch; a tree is composed and printed without it
+
     composed = compose_tree(name, overrides)
     tree = dict(composed.tree)
     model = tree.pop("model", None) or {}
@@ -97,6 +100,8 @@ def _model(
     recipe: str, family: str | None, written: dict[str, Any], origins: dict[str, Origin]
 ) -> Any:
     """The record of the model's config; plain fields where the checkpoint decides its class."""
+    from bioinit import families
+
     target = written.pop("_target_", None)
     if target is not None:
         cls: type[TrainableModelConfig] | None = _class_named(target, origins)
@@ -112,6 +117,8 @@ def _model(
 
 def _class_named(target: str, origins: dict[str, Origin]) -> type[TrainableModelConfig]:
     """The config class that a person's recipe names; only this is ever imported by name."""
+    from bioinit.config import TrainableModelConfig
+
     where = origins["model._target_"].where
     module, _, name = str(target).rpartition(".")
     try:
