@@ -23,6 +23,8 @@ LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
 """What the format allows; a larger number is a file that is no safetensors."""
 
+MOST_BYTES = 1 << 63
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -172,7 +174,10 @@ def _measure(file: File, name: str, dtype: Any, dims: Any) -> tuple[Dims, torch.
     if type(dims) is not list or not all(type(size) is int and size >= 0 for size in dims):
         raise ValueError("not a shape")
     shape = tuple(dims)
-    return shape, DTYPES[dtype], Box.contiguous(shape), numel(shape) * DTYPES[dtype].itemsize
+    num_bytes = numel(shape) * DTYPES[dtype].itemsize
+    if num_bytes > MOST_BYTES:
+        raise ValueError("more bytes than there can be")
+    return shape, DTYPES[dtype], Box.contiguous(shape), num_bytes
 
 
 def _require_adjacent(file: File, spans: list[Span]) -> None:

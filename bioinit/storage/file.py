@@ -71,6 +71,10 @@ class _Handle:
                 os.close(self.descriptor)
                 self.descriptor = -1
 
+    def count(self, size: int) -> None:
+        with self.lock:
+            self.bytes_read += size
+
     def __del__(self) -> None:
         self.close()
 
@@ -150,6 +154,13 @@ class File:
             StorageError: the file system refused.
         """
         self._require(offset, size)
+        try:
+            data = os.pread(self._handle.fileno(), size, self.offset + offset)
+        except OSError as error:
+            raise disk_error(error, f"read {self}") from error
+        if len(data) == size:
+            self._handle.count(size)
+            return data
         buffer = bytearray(size)
         self.read_into(offset, (buffer,))
         return bytes(buffer)
@@ -186,8 +197,7 @@ class File:
                     break
                 got -= views[index].nbytes
                 index += 1
-        with self._handle.lock:
-            self._handle.bytes_read += total
+        self._handle.count(total)
 
     def close(self) -> None:
         """Give the descriptor back; the next read opens the file again."""

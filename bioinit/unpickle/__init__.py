@@ -16,28 +16,30 @@ from collections.abc import Callable
 from typing import Any
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
+from bioinit.unpickle.loop import run
 from bioinit.unpickle.machine import Table, Truncated
-from bioinit.unpickle.run import run
+from bioinit.unpickle.plain import plain
 from bioinit.unpickle.symbols import STORAGE_DTYPES, SYMBOLS, storage_ref
-from bioinit.unpickle.values import Opaque, Refused, StorageRef, Symbol, TensorRef
+from bioinit.unpickle.values import CURE, Opaque, Refused, StorageRef, Symbol, TensorRef
+from bioinit.unpickle.weights import Found, Place, Placing, find_weights
 
 __all__ = [
     "STORAGE_DTYPES",
     "SYMBOLS",
+    "Found",
     "Opaque",
+    "Place",
+    "Placing",
     "Refused",
     "StorageRef",
     "Symbol",
     "TensorRef",
     "Truncated",
+    "find_weights",
     "load",
     "load_next",
+    "plain",
 ]
-
-CURE = (
-    "Load it with the program that wrote it, where you trust it, and save the plain state dict, "
-    "best as safetensors."
-)
 
 
 def load(

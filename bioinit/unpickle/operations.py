@@ -1,4 +1,4 @@
-"""The rarer operations of a pickle, by their byte. The frequent ones stand in ``run``."""
+"""The rarer operations of a pickle, by their byte. The frequent ones stand in ``loop``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bioinit.unpickle.machine import Machine
 from bioinit.unpickle.values import Opaque
 
 HIGHEST_PROTOCOL = 5
+MOST_DIGITS = 1000
 _INT32 = struct.Struct("<i").unpack_from
 _UINT32 = struct.Struct("<I").unpack_from
 _UINT64 = struct.Struct("<Q").unpack_from
@@ -21,6 +22,12 @@ _DOUBLE = struct.Struct(">d").unpack_from
 def _integer(text: bytes) -> Any:
     if text in (b"00", b"01"):
         return text == b"01"
+    return _number(text)
+
+
+def _number(text: bytes) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
@@ -131,6 +138,8 @@ def _text(data: bytes) -> str:
 
 
 def _long(data: bytes) -> int:
+    if len(data) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
 
 
@@ -146,7 +155,7 @@ RARE: Final[dict[int, Callable[[Machine], None]]] = {
     ord("G"): _pushes(lambda m: m.number(_DOUBLE, 8)),
     ord("I"): _pushes(lambda m: _integer(m.line())),
     ord("J"): _pushes(lambda m: m.number(_INT32, 4)),
-    ord("L"): _pushes(lambda m: int(m.line().rstrip(b"L"))),
+    ord("L"): _pushes(lambda m: _number(m.line().rstrip(b"L"))),
     ord("N"): lambda m: m.stack.append(None),
     ord("P"): _pushes(lambda m: m.persistent(m.line().decode("utf-8"))),
     ord("S"): _string,
@@ -159,11 +168,11 @@ RARE: Final[dict[int, Callable[[Machine], None]]] = {
     ord("c"): _global,
     ord("d"): _dict,
     ord("e"): _fill(extend),
-    ord("g"): lambda m: m.recall(int(m.line())),
+    ord("g"): lambda m: m.recall(_number(m.line())),
     ord("i"): _instance,
     ord("l"): _pushes(lambda m: m.since_mark()),
     ord("o"): _object,
-    ord("p"): lambda m: m.remember(int(m.line())),
+    ord("p"): lambda m: m.remember(_number(m.line())),
     ord("s"): _set_item,
     0x87: _tuple_of_three,
     ord("]"): lambda m: m.stack.append([]),

@@ -62,18 +62,22 @@ def storage_ref(pid: Any) -> Any:
     dtype, key, numel = pid[1], pid[2], pid[4]
     if type(dtype) is Symbol:
         raise RefusedCheckpoint(
-            f"a tensor lies in a storage of the kind {dtype}, which is not a plain one"
+            f"a tensor lies in a storage of the kind {dtype}, which does not hold plain numbers"
         )
-    if type(dtype) is not torch.dtype or type(numel) is not int or numel < 0:
+    if type(dtype) is not torch.dtype or not _is_count(numel):
         _refuse_if_called(pid)
         raise ValueError(f"the persistent id {str(pid)[:80]!r} names no storage")
     view = pid[5] if len(pid) == 6 else None
     if view is not None:
         _, first, size = view
-        if type(first) is not int or type(size) is not int or first < 0 or size < 0:
+        if not _is_count(first) or not _is_count(size):
             raise ValueError("a view of a storage has no place")
         view = (first, size)
     return StorageRef(str(key), dtype, numel, view)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
 
 
 def _refuse_if_called(value: Any) -> None:

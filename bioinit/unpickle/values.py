@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+CURE = (
+    "Load it with the program that wrote it, where you trust it, and save the plain state dict, "
+    "best as safetensors."
+)
+
 
 class Symbol:
     """A name that a pickle refers to. It is never looked up in Python.
