@@ -1,4 +1,4 @@
-"""Where bytes lie: files, windows of files, and folders of them.
+"""Where bytes lie: files, windows of files, folders of them; and folders written in one go.
 
 Nothing here knows a format. Every error of the operating system leaves this room as a
 :class:`~bioinit.errors.StorageError` that says what was being done and what to do now.
@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
+from bioinit.storage.write import atomic_folder
 
-__all__ = ["File", "Folder", "disk_error"]
+__all__ = ["File", "Folder", "atomic_folder", "disk_error"]

@@ -29,6 +29,7 @@ _CURES = {
     errno.EDQUOT: "Free some of your quota, or choose another path.",
     errno.EFBIG: "Raise the limit on file sizes (ulimit -f), or choose another file system.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.EBUSY: "Choose a folder inside it: it is in use, or the root of a mounted disk.",
     errno.ENAMETOOLONG: "Choose a shorter path.",
     errno.ENOTDIR: "Check the path: a part of it is a file.",
     errno.EIO: "The disk or the network behind it failed: try again, then check the device.",

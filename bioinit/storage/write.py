@@ -1,0 +1,221 @@
+"""A folder written whole or not at all.
+
+It is filled under a hidden name beside its place and renamed when every byte of it is on the disk.
+Whatever stops the writer half-way, nothing stands under the final name; after an error or Ctrl-C
+the hidden folder is gone too, and what a killed process left is removed by the next one that writes
+the same folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bioinit.errors import BioinitError, StorageError
+from bioinit.storage.file import disk_error
+
+# How the libraries that write weights report what the system told them: safetensors and torch.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_FAILED = ("file write failed", "PytorchStreamWriter failed", "unexpected pos")
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill; it appears at ``path`` when the block ends without an error.
+
+    Args:
+        path: where it will stand. Missing parents are made; an empty folder there is replaced.
+        overwrite: replace a folder that is not empty. The old one stays until the new one is whole.
+
+    Raises:
+        StorageError: something stands there already, another process is writing it, or the file
+            system refuses. The partial folder is removed.
+    """
+    final = Path(os.path.abspath(os.path.expanduser(path)))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, f"make the folder {final.parent}") from error
+    with _lock(final):
+        _recover(final)
+        _require_free(final, overwrite)
+        partial = _hidden(final, "partial")
+        try:
+            try:
+                partial.mkdir()
+                yield partial
+                _flush(partial)
+                _move_into_place(partial, final, overwrite)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except BioinitError:
+            raise
+        except OSError as error:
+            raise _said_of(error, final) from error
+        except Exception as error:
+            cause = _system_error(error)
+            if cause is None:
+                raise
+            raise _said_of(cause, final) from error
+
+
+def _said_of(error: OSError, final: Path) -> StorageError:
+    said = disk_error(error, f"write {final}")
+    return StorageError(f"{said} Nothing was left there.")
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The error of the system that a library wrapped in its own, if it did."""
+    text = str(error)
+    found = _RUST_ERROR.search(text)
+    if found:
+        return OSError(int(found[1]), text)
+    if any(words in text for words in _TORCH_FAILED):
+        return OSError(f"{text.splitlines()[0]} (is the disk full?)")
+    return None
+
+
+def _hidden(final: Path, kind: str) -> Path:
+    return final.parent / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+
+
+def _require_free(final: Path, overwrite: bool) -> None:
+    """Raise unless ``final`` may be written; asked again, by the rename itself, at the end."""
+    try:
+        mode = os.lstat(final).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise disk_error(error, f"look at {final}") from error
+    if not stat.S_ISDIR(mode):
+        raise StorageError(
+            f"cannot write the folder {final}: a file or a link of that name exists. Choose "
+            "another path, or remove it."
+        )
+    try:
+        is_empty = not any(final.iterdir())
+    except OSError as error:
+        raise disk_error(error, f"look into {final}") from error
+    if not is_empty and not overwrite:
+        raise StorageError(
+            f"cannot write {final}: it exists and is not empty. Choose another path, or allow it "
+            "to be replaced with output.overwrite=true."
+        )
+
+
+def _flush(folder: Path) -> None:
+    """Wait until every file and folder below ``folder`` is on the disk, innermost first."""
+    for where, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(os.path.join(where, name))
+        _sync(where)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
+    try:
+        os.rename(partial, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not overwrite:
+            raise StorageError(
+                f"cannot write {final}: something was written there in the meantime. Choose "
+                "another path, or allow it to be replaced with output.overwrite=true."
+            ) from error
+        old = _hidden(final, "old")
+        os.rename(final, old)
+        try:
+            os.rename(partial, final)
+        except BaseException:
+            os.rename(old, final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(final.parent)
+
+
+@contextmanager
+def _lock(final: Path) -> Iterator[None]:
+    """Keep other processes from writing ``final``: the first one wins, the others are told."""
+    path = final.parent / f".{final.name}.lock"
+    descriptor = _locked(path, final)
+    try:
+        yield
+    finally:
+        # Removed while it is still held, so nobody can lock a file that is about to vanish.
+        with suppress(OSError):
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _locked(path: Path, final: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise disk_error(error, f"write in {final.parent}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StorageError(
+                f"cannot write {final}: another process is writing it now. Wait for it, or choose "
+                "another path."
+            ) from error
+        except FileNotFoundError:
+            pass  # the one who held it removed it just now: try again
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                # No locks on this file system; the rename at the end still lets only one win.
+                return descriptor
+            os.close(descriptor)
+            raise disk_error(error, f"lock {path}") from error
+        os.close(descriptor)
+
+
+def _recover(final: Path) -> None:
+    """Put back, or remove, what processes that were killed left beside ``final``."""
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.[0-9a-f]{{8}}\.(partial|old)")
+    try:
+        names = os.listdir(final.parent)
+    except OSError as error:
+        raise disk_error(error, f"list {final.parent}") from error
+    for name in sorted(names):
+        found = pattern.fullmatch(name)
+        if found is None or _is_running(int(found[1])):
+            continue
+        left = final.parent / name
+        if found[2] == "old" and not os.path.lexists(final):
+            os.rename(left, final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
