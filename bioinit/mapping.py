@@ -35,6 +35,8 @@ class Mapping:
             Pattern(template(r.pattern_text)) for r in self.rules if numbers(r.pattern_text)
         ]
         self._by_template: dict[str, Rule | None] = {}
+        first = self.rules[0] if self.rules else None
+        self._everything = first if first is not None and _is_identity(first) else None
         self._views: dict[tuple[int, tuple[Box, ...]], list[tuple[int, tuple[int, ...], Box]]] = {}
 
     @classmethod
@@ -43,6 +45,8 @@ class Mapping:
 
     def rule_for(self, key: str) -> Rule | None:
         """The first rule that knows ``key``."""
+        if self._everything is not None:
+            return self._everything
         kind = template(key)
         if kind in self._by_template:
             return self._by_template[kind]
@@ -57,6 +61,8 @@ class Mapping:
         Raises:
             MappingError: a rule needs other dims than the tensor has.
         """
+        if self._everything is not None:
+            return [Placed(key, box) for box in boxes]
         rule = self.rule_for(key)
         if rule is None:
             return None
@@ -98,3 +104,7 @@ class Names(NamedTuple):
     disk: Mapping
     memory: Mapping
     conversions: tuple[Conversion, ...] = ()
+
+
+def _is_identity(rule: Rule) -> bool:
+    return rule.is_rename and rule.pattern_text == "**" == rule.parts[0].to

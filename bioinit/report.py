@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from bioinit.errors import PlanError, Problem
@@ -78,8 +78,8 @@ class LoadReport:
     """Elements of all parameters that require a gradient."""
     parameters: int
     """Elements of all parameters."""
-    document: Mapping[str, Any] = field(default_factory=dict)
-    """The plan's JSON, which the receipt extends."""
+    document: Callable[[], Mapping[str, Any]] = dict
+    """Makes the plan's JSON, which the receipt extends."""
 
     def raise_for_problems(self) -> LoadReport:
         """Return this report, or raise.
@@ -92,7 +92,7 @@ class LoadReport:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **self.document,
+            **self.document(),
             "tensors": [claim.to_json() for claim in self.claims],
             "unused": [tensor.to_json() for tensor in self.unused],
             "problems": [problem_json(problem) for problem in self.problems],

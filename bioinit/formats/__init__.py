@@ -9,15 +9,13 @@ that every single-file format can be sharded without knowing it.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import NoReturn
 
+from bioinit import collector
 from bioinit.errors import (
     AmbiguousFormat,
     ConfigError,
@@ -87,7 +85,7 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
         AmbiguousFormat: more than one does, or several sets of weights lie side by side.
         CorruptCheckpoint: it contradicts itself.
     """
-    with _collector_paused():
+    with collector.paused():
         around = folder.around
         if around is not None and _directory.stands_for_directory(folder.names()[0]):
             return _open_directory(around, pointed_at=folder.names()[0])
@@ -163,21 +161,6 @@ def _raise_unknown_directory(folder: Folder) -> NoReturn:
         f"no format recognizes the directory {folder.path}, which holds {shown}. Known formats: "
         f"{', '.join(names())}. {cure}"
     )
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's cycle collector: it would walk the growing tables again and again.
-
-    Building 50 000 entries takes several times as long with it.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @cache

@@ -12,6 +12,7 @@ import fiddle as fdl
 import torch
 from torch import nn
 
+from bioinit import collector
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import open_checkpoint
 from bioinit.initialize.prepare import Prepared, prepare, prepare_module
@@ -132,7 +133,8 @@ def load_weights(
     """
     init: InitPolicy = fdl.build(make_record(InitPolicy, policy, at="load_weights"))
     with open_checkpoint(path) as checkpoint:
-        prepared = prepare_module(module, checkpoint, init, tuple(skip_prefixes), mapping)
+        with collector.paused():
+            prepared = prepare_module(module, checkpoint, init, tuple(skip_prefixes), mapping)
         raise_for(prepared.plan.problems, "the plan has")
         return execute(
             prepared.plan,

@@ -12,7 +12,7 @@ from typing import Any
 import fiddle as fdl
 from torch import nn
 
-from bioinit import families
+from bioinit import collector, families
 from bioinit.backends.protocol import Backend, Make
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import Checkpoint, open_checkpoint
@@ -66,7 +66,9 @@ def prepare(record: fdl.Config[Run]) -> Iterator[Prepared]:
         yield _decide(record, run, None, started)
         return
     with open_checkpoint(path) as checkpoint:
-        yield _decide(record, run, checkpoint, started)
+        with collector.paused():
+            prepared = _decide(record, run, checkpoint, started)
+        yield prepared
 
 
 def prepare_module(

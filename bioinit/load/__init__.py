@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bioinit import collector
 from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
 from bioinit.errors import BioinitError, Problem
@@ -68,7 +69,8 @@ def execute(
     started = time.perf_counter()
     work = _Load(plan, module, device)
     try:
-        work.materialize()
+        with collector.paused():
+            work.materialize()
         problems = work.initialize(backend, make, init.seed)
         transfer = Transfer(files, worker_count(), device, progress)
         work.fill(transfer, tensors)
@@ -90,7 +92,7 @@ def execute(
         seconds=time.perf_counter() - started,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters),
-        document=plan.to_json(),
+        document=plan.to_json,
     )
 
 
@@ -165,6 +167,14 @@ class _Load:
 
     def fill(self, transfer: Transfer, stored: Mapping[str, StoredTensor]) -> None:
         """Read everything the plan loads."""
+        with collector.paused():
+            converted = self._fill_runs(transfer)
+        for key, planned in converted:
+            self._touched.append(key)
+            self._convert(key, planned, transfer, stored)
+
+    def _fill_runs(self, transfer: Transfer) -> list[tuple[str, TargetPlan]]:
+        """Move everything that is a move; the rest is given back."""
         jobs: list[Job] = []
         converted: list[tuple[str, TargetPlan]] = []
         for key, planned in self.plan.targets.items():
@@ -175,9 +185,7 @@ class _Load:
                 tensor = self.live[key].detach()
                 jobs.extend(Job(copy, tensor) for copy in planned.copies)
         transfer.move(jobs)
-        for key, planned in converted:
-            self._touched.append(key)
-            self._convert(key, planned, transfer, stored)
+        return converted
 
     def _convert(
         self,

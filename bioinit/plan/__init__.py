@@ -7,6 +7,7 @@ cure, and nothing is read while there are problems.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -208,38 +209,51 @@ class _Decisions:
     def _loaded(
         self, target: Target, covers: Sequence[Cover], note: str = "", needs_init: bool = False
     ) -> TargetPlan:
-        cover, *further = covers
-        stored = {copy.dtype: None for copy in cover.copies}
-        clash = next((d for d in stored if _kind(d) != _kind(target.dtype)), None)
-        if clash is not None:
-            return self._problem(
-                target,
-                "dtype",
-                f"{target.key} is {dtype_name(target.dtype)}, but {cover.names[0]!r} is stored as "
-                f"{dtype_name(clash)}; integers and floats are not cast into each other.",
-                f"Mend the checkpoint, or skip the prefix in {SKIP_LIST}.",
-            )
-        equal = {name: copies for name, copies in cover.others.items()}
-        for other in further:
-            equal |= {", ".join(other.names): other.copies, **other.others}
-        final = self._final_dtype(target, tuple(stored))
-        rules = (
-            self.names.disk.rule_for(self.sources.spelled(cover.names[0])),
-            self.names.memory.rule_for(target.key),
+        cover = covers[0]
+        copies = cover.copies
+        stored = (
+            (copies[0].dtype,)
+            if len(copies) == 1
+            else tuple(dict.fromkeys(copy.dtype for copy in copies))
         )
-        texts = [rule.text for rule in rules if rule is not None and rule.text != "copy"]
-        claim = _claim(
-            target,
+        for dtype in stored:
+            if dtype != target.dtype and _kind(dtype) != _kind(target.dtype):
+                return self._wrong_kind(target, cover.names[0], dtype)
+        final = self._final_dtype(target, stored)
+        rule = self._rule_text(target.key, cover.names[0])
+        if note:
+            rule = note if rule == "copy" else f"{rule}; {note}"
+        claim = Claim(
+            target.key,
+            target.shape,
+            dtype_name(final),
             "loaded",
-            "; ".join(dict.fromkeys([*texts, note] if note else texts)) or "copy",
-            final,
-            sources=cover.names,
-            bytes=sum(copy.bytes for copy in cover.copies),
-            cast=_cast(stored, final),
-            init=self.model.describe_init(target.key) if needs_init else None,
+            rule,
+            cover.names,
+            copies[0].bytes if len(copies) == 1 else sum(copy.bytes for copy in copies),
+            None if stored == (final,) else _cast(stored, final),
+            self.model.describe_init(target.key) if needs_init else None,
         )
-        different = {n: c for n, c in equal.items() if c != cover.copies}
-        return TargetPlan(claim, final, cover.copies, tuple(different.items()), None, needs_init)
+        equal = () if len(covers) == 1 and not cover.others else _further_copies(covers)
+        return TargetPlan(claim, final, copies, equal, None, needs_init)
+
+    def _rule_text(self, key: str, name: str) -> str:
+        """What the rules on both sides do, once each; ``copy`` if nothing."""
+        disk = self.names.disk.rule_for(self.sources.spelled(name))
+        memory = self.names.memory.rule_for(key)
+        if disk is memory or memory is None:
+            return "copy" if disk is None else disk.text
+        texts = [rule.text for rule in (disk, memory) if rule is not None and rule.text != "copy"]
+        return "; ".join(dict.fromkeys(texts)) or "copy"
+
+    def _wrong_kind(self, target: Target, name: str, dtype: torch.dtype) -> TargetPlan:
+        return self._problem(
+            target,
+            "dtype",
+            f"{target.key} is {dtype_name(target.dtype)}, but {name!r} is stored as "
+            f"{dtype_name(dtype)}; integers and floats are not cast into each other.",
+            f"Mend the checkpoint, or skip the prefix in {SKIP_LIST}.",
+        )
 
     def _converted(self, target: Target, conversion: Conversion) -> TargetPlan:
         stored = self.sources.stored
@@ -349,6 +363,14 @@ def _claim(
     return Claim(target.key, target.shape, name, kind, rule, sources, bytes, cast, init)
 
 
+def _further_copies(covers: Sequence[Cover]) -> tuple[tuple[str, tuple[Copy, ...]], ...]:
+    """Stored duplicates of what the first cover loads, but for those that are the same bytes."""
+    found = dict(covers[0].others)
+    for cover in covers[1:]:
+        found |= {", ".join(cover.names): cover.copies, **cover.others}
+    return tuple((name, copies) for name, copies in found.items() if copies != covers[0].copies)
+
+
 def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
     """The floating dtype that most stored elements have; new parameters get it too."""
     counts: dict[torch.dtype, int] = {}
@@ -369,6 +391,7 @@ def _cast(stored: Iterable[torch.dtype], final: torch.dtype) -> str | None:
     return f"{', '.join(names)} -> {dtype_name(final)}" if names else None
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
