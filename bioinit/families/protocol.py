@@ -20,7 +20,7 @@ from bioinit.config import TrainableModelConfig
 from bioinit.contexts.protocol import Context
 from bioinit.layout import Dims
 from bioinit.mapping import Names
-from bioinit.record import SavedField
+from bioinit.record import SavedField, read_fields
 
 Fate = Literal["mapped", "carried", "ignored", "unknown"]
 
@@ -40,9 +40,26 @@ class ReadFields(NamedTuple):
     account: tuple[SourceField, ...]
 
 
+def read_ours(context: Context, cls: type[TrainableModelConfig]) -> ReadFields:
+    """The fields of ``cls`` from a context that bioinit itself wrote for such a config."""
+    fields, unknown = read_fields(context.raw, cls, context.where)
+    account = [SourceField(name, "mapped", name) for name in fields]
+    account += [SourceField(name, "unknown", part) for name, part in unknown.items()]
+    return ReadFields(fields, tuple(account))
+
+
+def of_dialect(context: Context | None, dialect: str) -> Context | None:
+    """The saved config of one dialect among those that lie side by side."""
+    found = () if context is None else (context, *context.beside)
+    return next((c for c in found if c.dialect == dialect), None)
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of models. The name of its file is its name."""
+
+    config: type[TrainableModelConfig] | None
+    """The config class; None where the checkpoint decides it (see ``config_for``)."""
 
     recognizes: Callable[[Context], bool]
     """Whether the saved config describes a model of this family; must not raise."""

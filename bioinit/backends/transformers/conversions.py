@@ -98,17 +98,22 @@ class Library:
     def rename(self, key: str, known: Callable[[str], bool]) -> tuple[str, str | None]:
         """The live name and converter pattern of a stored ``key``, by transformers' own function.
 
-        A name that leads nowhere is left as it is when the model knows it so. Renamings that are
-        anchored at the start are also tried without the base model's prefix.
+        A name that leads nowhere is left as it is when the model knows it so. A renamed one is also
+        tried with the base model's prefix on or off, as transformers does: whoever solves prefixes
+        of stored names afterwards sees only the names that no rule changes.
         """
         renamed, pattern = library.rename_source_key(key, self.renamings, self.converters)
         if known(renamed):
             return renamed, pattern
-        if self.prefix and key.startswith(self.prefix):
+        if self.prefix and key.startswith(self.prefix):  # renamings may be anchored at the start
             inner = key.removeprefix(self.prefix)
             again, converts = library.rename_source_key(inner, self.renamings, self.converters)
             if again != inner and known(self.prefix + again):
                 return self.prefix + again, converts
+        if self.prefix and renamed != key:
+            for tried in (self.prefix + renamed, renamed.removeprefix(self.prefix)):
+                if known(tried):
+                    return tried, pattern
         if renamed != key and known(key):
             return key, None
         return renamed, pattern

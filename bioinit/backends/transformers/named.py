@@ -1,0 +1,240 @@
+"""Configs and tensors under names of our own, over a transformers model.
+
+A named family declares two tables: which field of ours is which field of ``config.json``, and what
+each tensor of the ``hf`` dialect is called in the family's canonical space. Both are read in either
+direction; there is no second table for the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from bioinit.backends.transformers import architectures, configs
+from bioinit.errors import ConfigError
+from bioinit.layout import Dims
+from bioinit.mapping import Mapping as Table
+from bioinit.mapping import Names
+from bioinit.record import SavedField
+from bioinit.rules import Part, Rule, Unflatten, rename
+
+EXTRA = "extra"
+"""The field of ours that carries what only transformers reads."""
+
+
+class Fate(NamedTuple):
+    """What became of one field of ``config.json``: mapped, carried, ignored or unknown; and how."""
+
+    name: str
+    fate: Literal["mapped", "carried", "ignored", "unknown"]
+    note: str
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Fields of ``config.json`` for ``model_type``, by our names.
+
+    ``names`` maps theirs to ours. ``values`` gives, for a field of ours, our word for each of
+    theirs. ``only`` are undeclared fields with the one value that transformers still supports.
+    """
+
+    model_type: str
+    names: Mapping[str, str]
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(
+        self, data: Mapping[str, Any], where: str
+    ) -> tuple[dict[str, SavedField], tuple[Fate, ...]]:
+        """The saved config in our fields, and the fate of every field that it had.
+
+        Raises:
+            ConfigError: a value that transformers refuses, or that this family has no word for.
+        """
+        saved = configs.read(architectures.config_class(self.model_type), data)
+        fields = {
+            ours: SavedField(
+                self._our_word(ours, saved.values[theirs], where),
+                theirs in saved.literal,
+                f"{where}: {theirs}",
+            )
+            for theirs, ours in self.names.items()
+        }
+        extra: dict[str, Any] = {}
+        fates: list[Fate] = []
+        for name, now in saved.became.items():
+            if name == "architectures" or isinstance(now, str):
+                note = "model.architecture decides" if name == "architectures" else str(now)
+                fates.append(Fate(name, "ignored", note))
+            elif name in self.only:
+                self._check_only(name, data[name], where)
+                fates.append(Fate(name, "ignored", f"{data[name]!r} is the only kind there is"))
+            elif name in saved.undeclared:
+                extra[name] = saved.undeclared[name]
+                fates.append(Fate(name, "unknown", f"{saved.cls.__name__} does not declare it"))
+            else:
+                for theirs in now:
+                    if theirs not in self.names:
+                        extra[theirs] = self._carried(saved, theirs)
+                mapped = [self.names.get(n, f"{EXTRA}.{n}") for n in now]
+                carried = all(n not in self.names for n in now)
+                fates.append(Fate(name, "carried" if carried else "mapped", ", ".join(mapped)))
+        fields[EXTRA] = SavedField(extra, bool(extra), where)
+        return fields, tuple(fates)
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """The fields that transformers' config class takes, for a config of ours."""
+        found = dict(getattr(config, EXTRA))
+        for theirs, ours in self.names.items():
+            value = getattr(config, ours)
+            words = {our: their for their, our in self.values.get(ours, {}).items()}
+            found[theirs] = words.get(value, value)
+        head = architectures.head_fields(config.architecture, config.num_labels, config.labels)
+        return {**found, **head}
+
+    def make(self, config: Any) -> Any:
+        """The transformers config object for a config of ours."""
+        return architectures.make_config(
+            architectures.config_class(self.model_type), self.write(config)
+        )
+
+    def construct(self, config: Any) -> nn.Module:
+        """The transformers model for a config of ours."""
+        return architectures.construct(self.model_class(config), self.make(config))
+
+    def model_class(self, config: Any) -> Any:
+        """The transformers class that ``config.architecture`` means.
+
+        Raises:
+            ConfigError: there is none, or its tensors are not in the family's table.
+        """
+        cls = architectures.model_class(self.model_type, config.architecture)
+        known = architectures.names(self.model_type)
+        if cls.__name__ not in known:
+            raise ConfigError(
+                f"model.architecture={config.architecture!r} is outside this family, which has "
+                f"{', '.join(known)}. Use a recipe of the family auto."
+            )
+        return cls
+
+    def config_json(self, config: Any) -> dict[str, Any]:
+        """What ``config.json`` will say for a config of ours."""
+        made = self.make(config)
+        made.architectures = [self.model_class(config).__name__]
+        return configs.written(made)
+
+    def check_extra(self, extra: Mapping[str, Any]) -> None:
+        """Raise for an entry of ``extra`` that is a field of ours under its other name."""
+        for name in extra:
+            if name in self.names:
+                raise ConfigError(
+                    f"model.{EXTRA}.{name} is called model.{self.names[name]} here. Set that."
+                )
+
+    def _our_word(self, ours: str, value: Any, where: str) -> Any:
+        words = self.values.get(ours)
+        if words is None or value in words.values():
+            return value
+        if value not in words:
+            raise ConfigError(
+                f"{where} says {ours}={value!r}; known are {', '.join(map(repr, words))}. "
+                "If transformers has this kind, use a recipe of the family auto."
+            )
+        return words[value]
+
+    def _check_only(self, name: str, value: Any, where: str) -> None:
+        if value not in (None, self.only[name]):
+            raise ConfigError(
+                f"{where} says {name}={value!r}, which transformers no longer builds: it knows "
+                f"{self.only[name]!r} only. Use the version of transformers that wrote it."
+            )
+
+    def _carried(self, saved: configs.SavedConfig, name: str) -> Any:
+        if name in saved.nested:
+            return configs.plain(saved.nested[name].values)
+        return saved.values[name]
+
+
+class Line(NamedTuple):
+    """One tensor, or several of one kind: the hf name below ``prefix``, and the canonical name.
+
+    ``heads`` factors the first dim into heads, so that a fused or sharded layout can name one.
+    ``aliases`` are other spellings that stored names may have.
+    """
+
+    hf: str
+    canonical: str
+    is_body: bool = True
+    heads: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+def norm(hf: str, canonical: str, *, is_body: bool = True) -> tuple[Line, Line]:
+    """A layer norm, which older checkpoints store as ``gamma`` and ``beta``."""
+    return (
+        Line(f"{hf}.weight", f"{canonical}.weight", is_body, aliases=(f"{hf}.gamma",)),
+        Line(f"{hf}.bias", f"{canonical}.bias", is_body, aliases=(f"{hf}.beta",)),
+    )
+
+
+def linear(
+    hf: str, canonical: str, *, is_body: bool = True, heads: bool = False
+) -> tuple[Line, Line]:
+    """A linear layer's weight and bias."""
+    return (
+        Line(f"{hf}.weight", f"{canonical}.weight", is_body, heads),
+        Line(f"{hf}.bias", f"{canonical}.bias", is_body, heads),
+    )
+
+
+def names(lines: Sequence[Line], model: nn.Module, stored: Mapping[str, Dims], heads: int) -> Names:
+    """Both tables of the hf dialect, for a model and stored names (wrapper prefixes removed)."""
+    prefix = _body_prefix(model)
+    live = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return Names(
+        Table([*_rules(lines, prefix, stored, heads, with_aliases=True)]),
+        Table([*_rules(lines, prefix, live, heads, with_aliases=False)]),
+    )
+
+
+def _body_prefix(model: nn.Module) -> str:
+    whole: Any = model
+    return "" if whole.base_model is model else f"{whole.base_model_prefix}."
+
+
+def _rules(
+    lines: Sequence[Line],
+    prefix: str,
+    shapes: Mapping[str, Dims],
+    heads: int,
+    *,
+    with_aliases: bool,
+) -> Iterator[Rule]:
+    for line in lines:
+        front = prefix if line.is_body else ""
+        for spelling in (line.hf, *line.aliases) if with_aliases else (line.hf,):
+            if not line.heads:
+                yield rename(front + spelling, line.canonical)
+                continue
+            plain = rename(front + spelling, line.canonical)
+            rows = next((s[0] for k, s in shapes.items() if plain.pattern.match(k) and s), heads)
+            # A shape that the heads do not divide differs from the model's, and shows as that.
+            sizes = (heads, rows // heads) if rows % heads == 0 else (rows, 1)
+            yield Rule(plain.pattern_text, (Part(line.canonical, (Unflatten(0, sizes),)),))
+
+
+def checked_heads(config: Any) -> None:
+    """Raise if attention heads do not divide the hidden size, as transformers needs it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    hidden, heads, channels = config.hidden_size, config.num_attention_heads, config.kv_channels
+    if heads < 1 or hidden != heads * channels:
+        raise ConfigError(
+            f"hidden_size={hidden} is not num_attention_heads={heads} times kv_channels="
+            f"{channels}. Correct one of them; kv_channels is derived when it is left out."
+        )

@@ -1,0 +1,156 @@
+"""What a model is: one sibling per family, imported only when it is asked for.
+
+The folder is the list and a file's name is its name; other packages add siblings through the
+entry-point group ``bioinit.families``. A person's own config class is a family of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from bioinit import backends
+from bioinit.backends.protocol import Backend
+from bioinit.config import TrainableModelConfig
+from bioinit.contexts.protocol import Context
+from bioinit.errors import ConfigError
+from bioinit.families.protocol import Family, ReadFields, SourceField, read_ours
+from bioinit.keys import suggestion
+from bioinit.layout import Dims
+from bioinit.mapping import Mapping as Table
+from bioinit.mapping import Names
+from bioinit.record import SavedField, label, specs
+
+__all__ = ["Family", "find", "load", "names", "of_config", "of_module"]
+
+GROUP = "bioinit.families"
+_ANYTHING = "auto"
+
+
+def names() -> tuple[str, ...]:
+    """The families there are: files of this folder, then entry points."""
+    here = {m.name for m in pkgutil.iter_modules(__path__) if m.name != "protocol"}
+    plugged = {entry.name for entry in entry_points(group=GROUP)} - here
+    return (*sorted(here), *sorted(plugged))
+
+
+def load(name: str) -> Family:
+    """The family called ``name``, imported now.
+
+    Raises:
+        ConfigError: there is none, or what it needs is not installed.
+    """
+    if name not in names():
+        raise ConfigError(
+            f"there is no family {name!r}; there are {', '.join(names())}. "
+            f"{suggestion(name, names())}".strip()
+        )
+    if name in {m.name for m in pkgutil.iter_modules(__path__)}:
+        family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    else:
+        [entry] = entry_points(group=GROUP, name=name)
+        family = entry.load()
+    if not isinstance(family, Family):
+        raise ConfigError(f"the family {name!r} is a {type(family).__name__}. Repair its FAMILY.")
+    return family
+
+
+def find(context: Context | None, stored: Iterable[str]) -> str | None:
+    """The family of a checkpoint: by its saved config, or by its names where it has none.
+
+    A named family comes before ``auto``. Names alone decide only if they fit one family.
+    """
+    named = [name for name in names() if name != _ANYTHING]
+    if context is None:
+        keys = tuple(stored)
+        fitting = [name for name in named if load(name).dialect_of(keys) is not None]
+        return fitting[0] if len(fitting) == 1 else None
+    for name in (*named, _ANYTHING):
+        if load(name).recognizes(context):
+            return name
+    return None
+
+
+def of_config(cls: type[TrainableModelConfig]) -> Family:
+    """The family of a config class: the named one that it comes from, or one of its own."""
+    for parent in cls.__mro__:
+        corridor, _, name = parent.__module__.rpartition(".")
+        if corridor == __name__ and name in names():
+            family = load(name)
+            if family.config is None or cls is family.config:
+                return family
+            return _subclassed(family, cls)
+    return _own(cls)
+
+
+def of_module(
+    module: nn.Module,
+) -> tuple[Backend, Callable[[nn.Module, Mapping[str, Dims]], Names] | None]:
+    """The backend of a module that exists, and what names its stored tensors; None if they are its.
+
+    A ``transformers`` model gets the naming of ``auto``; whether it is one is asked only where
+    transformers is imported already.
+    """
+    library: Any = sys.modules.get("transformers")
+    pretrained = getattr(library, "PreTrainedModel", None)
+    if pretrained is not None and isinstance(module, pretrained):
+        from bioinit.backends import transformers
+
+        return transformers.BACKEND, transformers.names
+    return backends.load("module"), None
+
+
+def _subclassed(family: Family, cls: type[TrainableModelConfig]) -> Family:
+    """A named family whose config a person extended."""
+
+    def is_its_own(context: Context) -> bool:
+        return context.dialect == "bioinit" and context.model == label(cls)
+
+    return dataclasses.replace(
+        family,
+        config=cls,
+        config_for=lambda context: cls,
+        recognizes=lambda context: is_its_own(context) or family.recognizes(context),
+        read_fields=lambda context: (
+            read_ours(context, cls) if is_its_own(context) else family.read_fields(context)
+        ),
+    )
+
+
+def _own(cls: type[TrainableModelConfig]) -> Family:
+    """The family of a person's own config class: its names are the module's, as they are."""
+    return Family(
+        config=cls,
+        recognizes=lambda context: True,
+        config_for=lambda context: cls,
+        read_fields=lambda context: _read_own(cls, context),
+        write_fields=dataclasses.asdict,
+        architectures=lambda config: (),
+        build=lambda config: config.configure_model(),
+        backend=lambda config: backends.load("module"),
+        names=lambda config, model, dialect, stored: Names(Table.identity(), Table.identity()),
+        dialect_of=lambda stored: None,
+    )
+
+
+def _read_own(cls: type[TrainableModelConfig], context: Context) -> ReadFields:
+    """Our own saved context in full; of any other saved config, the fields of the same name."""
+    if context.dialect == "bioinit":
+        return read_ours(context, cls)
+    known = specs(cls)
+    found: dict[str, SavedField] = {}
+    account: list[SourceField] = []
+    for name, value in context.data.items():
+        if name in known and not known[name].marks.own:
+            found[name] = SavedField(value, True, f"{context.where}: {name}")
+            account.append(SourceField(name, "mapped", name))
+        else:
+            account.append(SourceField(name, "ignored", f"{cls.__name__} has no such field"))
+    return ReadFields(found, tuple(account))
