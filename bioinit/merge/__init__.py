@@ -17,7 +17,7 @@ from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 from bioinit.merge.decision import Decision, Merged
 from bioinit.merge.table import OnConflict, Table
-from bioinit.record import Origin, SavedField, build, is_config, specs
+from bioinit.record import Origin, SavedField, build, is_config, set_in, specs
 
 __all__ = ["Decision", "Merged", "OnConflict", "merge"]
 
@@ -73,7 +73,7 @@ def _listed(record: Any, saved: Mapping[str, SavedField], at: str) -> frozenset[
 
 
 def _dotted_fields(record: Any, prefix: str = "") -> Iterator[str]:
-    arguments = fdl.ordered_arguments(record)
+    arguments = set_in(record)
     for spec in specs(fdl.get_callable(record)).values():
         yield prefix + spec.name
         value = arguments.get(spec.name)

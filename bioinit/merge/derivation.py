@@ -9,7 +9,7 @@ from typing import Any
 import fiddle as fdl
 
 from bioinit.errors import ConfigError
-from bioinit.record import SavedField, Unreadable, build, same, specs, with_records
+from bioinit.record import SavedField, Unreadable, build, same, set_in, specs, with_records
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def derivations(record: Any, saved: Mapping[str, SavedField], at: str) -> dict[s
     from the other saved fields, and if the value comes back, nobody had chosen it.
     """
     cls = fdl.get_callable(record)
-    theirs = fdl.Config(cls, **fdl.ordered_arguments(record))
+    theirs = fdl.Config(cls, **set_in(record))
     for name, (value, _, _) in saved.items():
         if not specs(cls)[name].marks.own and not isinstance(value, Unreadable):
             setattr(theirs, name, value)
@@ -38,7 +38,7 @@ def derivations(record: Any, saved: Mapping[str, SavedField], at: str) -> dict[s
         can_be_derived = spec.marks.derive is not None or spec.default is None
         if not can_be_derived or not spec.init or spec.marks.own or spec.name not in saved:
             continue
-        if spec.name in theirs.__arguments__:
+        if spec.name in set_in(theirs):
             delattr(theirs, spec.name)
         derived = _value_in(theirs, spec.name, at)
         if derived is None:

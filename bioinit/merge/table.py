@@ -19,6 +19,7 @@ from bioinit.record import (
     Unreadable,
     fit,
     same,
+    set_in,
     shown,
     specs,
     with_records,
@@ -46,8 +47,8 @@ class Draft:
 
     def settled(self, live: Any) -> Decision:
         name = self.field.rpartition(".")[2]
-        if name in fdl.ordered_arguments(self.record):
-            value = self.record.__arguments__[name]
+        if name in set_in(self.record):
+            value = set_in(self.record)[name]
         else:
             value = live
             for segment in self.field.split("."):
@@ -138,12 +139,12 @@ class _Field:
 
     @property
     def is_set(self) -> bool:
-        return self.spec.name in fdl.ordered_arguments(self.record)
+        return self.spec.name in set_in(self.record)
 
     @property
     def value(self) -> Any:
         if self.is_set:
-            return self.record.__arguments__[self.spec.name]
+            return set_in(self.record)[self.spec.name]
         return with_records(self.spec.default_value())
 
     @property
@@ -219,7 +220,7 @@ class _Field:
     def _go_inside(self, saved: SavedField) -> None:
         inner = self.value
         setattr(self.record, self.spec.name, inner)
-        values = fdl.ordered_arguments(saved.value)
+        values = set_in(saved.value)
         where = f"{saved.where}."
         fields = {n: SavedField(v, saved.literal, where + n) for n, v in values.items()}
         self.table.decide(inner, fields, self.path, f"{self.dotted}.")

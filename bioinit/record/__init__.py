@@ -25,6 +25,7 @@ from bioinit.record.fields import (
     own,
     renamed_from,
     same,
+    set_in,
     specs,
 )
 from bioinit.record.live import (
@@ -71,6 +72,7 @@ __all__ = [
     "same",
     "save_context",
     "set_hparam",
+    "set_in",
     "shown",
     "specs",
     "with_records",

@@ -18,7 +18,7 @@ import yaml
 from bioinit.errors import ConfigError, CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import names
 from bioinit.record.door import record_of
-from bioinit.record.fields import Origin, is_config, label, specs
+from bioinit.record.fields import Origin, is_config, label, set_in, specs
 from bioinit.record.live import build, changed_behind
 from bioinit.record.notation import SET, decode_config, encode_config
 from bioinit.storage import Folder, disk_error
@@ -172,7 +172,7 @@ def _readable(record: Any) -> str:
 def shown(value: Any) -> Any:
     """``value`` as plain JSON data for people: names of dtypes and functions, lists of tuples."""
     if isinstance(value, fdl.Config):
-        return {name: shown(item) for name, item in fdl.ordered_arguments(value).items()}
+        return {name: shown(item) for name, item in set_in(value).items()}
     if is_config(value) and not isinstance(value, type):
         return {s.name: shown(getattr(value, s.name)) for s in specs(type(value)).values()}
     if isinstance(value, enum.Enum):

@@ -21,7 +21,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 from bioinit.record import names
-from bioinit.record.fields import Origin, Spec, config_types, is_config, label, specs
+from bioinit.record.fields import Origin, Spec, config_types, is_config, label, set_in, specs
 
 _LAX = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 _SEQUENCES: tuple[type, ...] = (tuple, list, set, frozenset)
@@ -55,7 +55,7 @@ def coerce(cls: type, name: str, value: Any, *, at: str = "") -> Any:
         ConfigError: there is no such field, it is computed, or the value does not fit.
     """
     record = make_record(cls, {name: value}, at=at)
-    return record.__arguments__[name]
+    return set_in(record)[name]
 
 
 def fit(spec: Spec, value: Any, path: str) -> Any:

@@ -207,6 +207,15 @@ def label(cls: Any) -> str:
     return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', repr(cls))}"
 
 
+def set_in(record: Any) -> dict[str, Any]:
+    """The fields that are set in a record, in the order of their definition."""
+    arguments: dict[str, Any] = record.__arguments__
+    cls = record.__fn_or_cls__
+    if not is_config(cls):
+        return dict(arguments)
+    return {name: arguments[name] for name in specs(cls) if name in arguments}
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two field values are equal and of one type: ``1``, ``1.0`` and ``True`` differ."""
     if one is other:

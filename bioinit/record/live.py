@@ -19,7 +19,7 @@ import fiddle as fdl
 
 from bioinit.errors import ConfigError
 from bioinit.record.door import coerce, record_of, unknown_field, with_records
-from bioinit.record.fields import is_config, same, specs
+from bioinit.record.fields import is_config, same, set_in, specs
 
 
 class Tracking:
@@ -44,8 +44,7 @@ class Tracking:
         """What was set, by field, as far as it is known without making a record."""
         if self.record is None:
             return self.given
-        arguments: Mapping[str, Any] = fdl.ordered_arguments(self.record)
-        return arguments
+        return set_in(self.record)
 
     def note(self, config: Any) -> None:
         self.values = {name: getattr(config, name, None) for name in specs(type(config))}
@@ -179,7 +178,7 @@ def _construct(record: Any, at: str, built: dict[int, Any]) -> Any:
     cls = fdl.get_callable(record)
     arguments = {
         name: _build(value, f"{at}.{name}" if at else name, built)
-        for name, value in fdl.ordered_arguments(record).items()
+        for name, value in set_in(record).items()
     }
     where = f"{at}: " if at else ""
     if is_config(cls):
@@ -216,25 +215,25 @@ def get_hparam(config: Any, name: str) -> Any:
         raise ConfigError(unknown_field(fdl.get_callable(record), name))
     if not spec.init:
         return getattr(build(record) if config is record else config, name)
-    arguments = record.__arguments__
+    arguments = set_in(record)
     return arguments[name] if name in arguments else with_records(spec.default_value())
 
 
 def get_non_default_hparams(config: Any) -> list[str]:
     """The fields that were set, even to a value that equals the default."""
-    arguments = fdl.ordered_arguments(record_of(config))
+    arguments = set_in(record_of(config))
     return [name for name, value in arguments.items() if not _is_untouched(value)]
 
 
 def _is_untouched(value: Any) -> bool:
     return isinstance(value, fdl.Config) and all(
-        _is_untouched(inner) for inner in fdl.ordered_arguments(value).values()
+        _is_untouched(inner) for inner in set_in(value).values()
     )
 
 
 def get_hparams(config: Any) -> dict[str, Any]:
     """The fields that were set, with what they were set to; nested configs as records."""
-    arguments = record_of(config).__arguments__
+    arguments = set_in(record_of(config))
     return {name: arguments[name] for name in get_non_default_hparams(config)}
 
 
@@ -253,7 +252,7 @@ def set_hparam(config: Any, name: str, value: Any, also_change_value: bool = Tru
     if config is record or not also_change_value:
         setattr(record, name, value)
         return
-    before = dict(record.__arguments__)
+    before = set_in(record)
     setattr(record, name, value)
     try:
         fresh = _build(record, "", {})

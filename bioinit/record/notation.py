@@ -32,6 +32,7 @@ from bioinit.record.fields import (
     is_config,
     label,
     same,
+    set_in,
     specs,
 )
 from bioinit.record.live import build
@@ -54,7 +55,7 @@ def encode_config(record: Any, at: str) -> dict[str, Any]:
         ConfigError: the record is of no valid config, or holds what cannot be written down.
     """
     cls = fdl.get_callable(record)
-    arguments = fdl.ordered_arguments(record)
+    arguments = set_in(record)
     live = build(record, at=at)
     node: dict[str, Any] = {"$config": label(cls), SET: {}, DEFAULT: {}, COMPUTED: {}}
     for name, spec in specs(cls).items():
