@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,9 @@ def _finished(
         planned,
         problems=(*planned.problems, *_idle_patterns(init, planned)),
         files=() if checkpoint is None else tuple(str(file.path) for file in checkpoint.files),
-        header={"bioinit": __version__, "checkpoint": _described(checkpoint, family)},
+        header=functools.cache(
+            lambda: {"bioinit": __version__, "checkpoint": _described(checkpoint, family)}
+        ),
         seconds=round(time.perf_counter() - started, 6),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -95,8 +95,8 @@ class LoadPlan:
     """One decision per config field (see ``merge``); empty for ``load_weights``."""
     files: tuple[str, ...] = ()
     """Paths of the checkpoint's files, as ``bytes_by_file`` numbers them."""
-    header: Mapping[str, Any] = field(default_factory=dict)
-    """What the JSON says of the checkpoint."""
+    header: Callable[[], Mapping[str, Any]] = dict
+    """What the JSON says of the checkpoint; a function, for its digest takes a while."""
     seconds: float = 0.0
     """How long planning took, opening the checkpoint and building on meta included."""
 

@@ -12,7 +12,7 @@ from bioinit.report import human_bytes, problem_json, render_claims, summary
 def document(plan: LoadPlan) -> dict[str, Any]:
     """The JSON that ``plan --json`` prints and that a receipt extends."""
     return {
-        **plan.header,
+        **plan.header(),
         "fields": [decision.to_json() for decision in plan.fields],
         "tensors": [claim.to_json() for claim in plan.tensors],
         "unused": [tensor.to_json() for tensor in plan.unused],
@@ -31,7 +31,7 @@ def document(plan: LoadPlan) -> dict[str, Any]:
 
 def lines(plan: LoadPlan) -> Iterator[str]:
     """What ``plan`` prints: where from, the fields that matter, the claims, the costs, problems."""
-    checkpoint = plan.header.get("checkpoint")
+    checkpoint = plan.header().get("checkpoint")
     if checkpoint:
         yield (
             f"checkpoint   {checkpoint['path']} ({checkpoint['format']}, "
