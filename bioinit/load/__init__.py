@@ -302,11 +302,20 @@ def _is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
 
 
 def _set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> None:
+    """A tied parameter is trained if one of its names is, and frozen if one of its names is."""
     trainable = [Pattern(text) for text in init.trainable]
     frozen = [Pattern(text) for text in init.frozen]
     if not trainable and not frozen:
         return
-    for key, tensor in live.items():
-        if isinstance(tensor, nn.Parameter):
-            wanted = not trainable or any(pattern.match(key) is not None for pattern in trainable)
-            tensor.requires_grad_(wanted and not any(p.match(key) is not None for p in frozen))
+    names: dict[int, list[str]] = {}
+    parameters = {k: t for k, t in live.items() if isinstance(t, nn.Parameter)}
+    for key, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(key)
+
+    def match(patterns: list[Pattern], keys: list[str]) -> bool:
+        return any(pattern.match(key) is not None for pattern in patterns for key in keys)
+
+    for parameter in parameters.values():
+        keys = names[id(parameter)]
+        is_trained = match(trainable, keys) if trainable else True
+        parameter.requires_grad_(is_trained and not match(frozen, keys))
