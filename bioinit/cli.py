@@ -180,13 +180,17 @@ def _plan_one(record: fdl.Config[Run]) -> Outcome:
 
 def _init_one(record: fdl.Config[Run]) -> Outcome:
     from bioinit.initialize import initialize
+    from bioinit.save import RECEIPT
+    from bioinit.storage import Folder
 
     with _progress() as progress:
         done = initialize(record, progress=progress)
-    done.report.raise_for_problems()
-    if done.config.output_dir is None:
+    text = f"{done.plan.render()}\n{done.report.render()}"
+    if record.output_dir is None:
         _say("output_dir is not set: nothing was written")
-    return Outcome(done.report.to_json(), f"{done.plan.render()}\n{done.report.render()}", 0)
+        return Outcome(done.report.to_json(), text, 0)
+    receipt = Folder.at(record.output_dir).read_json(RECEIPT)
+    return Outcome(receipt, f"{text}\nwritten      {record.output_dir}", 0)
 
 
 @contextmanager
@@ -233,11 +237,14 @@ def _described(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
         counts["tensors"] += 1
         counts["bytes"] += numel(tensor.shape) * tensor.dtype.itemsize
     context = checkpoint.context
+    family = families.find(context, checkpoint.tensors)
+    if family is not None:
+        checkpoint.dialect = families.load(family).dialect_of(checkpoint.tensors)
     document: dict[str, Any] = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
-        "family": families.name_of(context, checkpoint.tensors),
+        "family": family,
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.bytes,
         "dtypes": dtypes,

@@ -113,7 +113,7 @@ def test_wrong_usage_is_one_line_and_exit_2(run, arguments):
     [
         (["model.num_labls=3"], 2, "num_labels"),
         (["+model.num_labels=3"], 2, "Write model.num_labels=3"),
-        (["model.kv_channels=8", "model.hidden_size=32"], 3, "hidden_size"),
+        (["model.hidden_dropout=0.5"], 3, "override_parent_fields"),
         (["model.initial_ckpt_skip_keys_with_these_prefixes=[clasifier]"], 3, "classifier"),
         (["model.initial_ckpt_path=/nowhere/at/all"], 5, "/nowhere/at/all"),
     ],
@@ -209,6 +209,7 @@ def test_json_is_one_document_and_nothing_else(run, checkpoint, verb, tmp_path):
     code, out, err = run(verb, *words(checkpoint, f"output_dir={tmp_path / 'x'}"), "--json")
     document = json.loads(out)
     assert code == 0 and not err
+    assert all(file["sha256"] for file in document["files"]) is (verb == "init")
     assert document["checkpoint"]["path"] == str(checkpoint)
     assert {claim["claim"] for claim in document["tensors"]} >= {"loaded", "skipped"}
 
