@@ -31,11 +31,16 @@ __all__ = ["load", "names", "open_weights"]
 
 GROUP = "bioinit.formats"
 _NOT_FORMATS = {"protocol"}
-_LFS_POINTER = b"version https://git-lfs"
-_FIRST_WORDS = (
-    (_LFS_POINTER, "It is the pointer that Git LFS left in its place: run `git lfs pull`."),
+_LONGEST_WORD = 32
+_STAND_INS = (  # what lies in the place of weights that were not fetched
+    (
+        b"version https://git-lfs",
+        "It is the pointer that Git LFS left in its place: run `git lfs pull`.",
+    ),
     (b"<!DOCTYPE", "It is a web page, probably an error of the server: download it again."),
     (b"<html", "It is a web page, probably an error of the server: download it again."),
+)
+_OTHERS = (
     (b"\x80", "It may be a bare pickle: load it where you trust it and write a safetensors file."),
     (b"GGUF", "It is a GGUF file, made for inference: point at the weights it was made from."),
     (b"\x89HDF", "It is an HDF5 file: point at the safetensors or torch weights instead."),
@@ -89,18 +94,25 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
         around = folder.around
         if around is not None and _directory.stands_for_directory(folder.names()[0]):
             return _open_directory(around, pointed_at=folder.names()[0])
-        return _open_one(folder) if folder.is_file else _open_directory(folder)
+        return _open_file(folder) if folder.is_file else _open_directory(folder)
 
 
 def _open_inner(folder: Folder) -> Contents:
     return open_weights(folder)[1]
 
 
-def _open_one(folder: Folder) -> tuple[str, Contents]:
-    """Open what exactly one format recognizes."""
+def _open_file(folder: Folder) -> tuple[str, Contents]:
+    """Open a single file, which exactly one format recognizes."""
+    file = folder.file(folder.names()[0])
+    start = file.read(0, min(file.size, _LONGEST_WORD))
+    if not start:
+        raise CorruptCheckpoint(f"{file} is empty: 0 bytes. Fetch or write it again.")
+    for word, hint in _STAND_INS:
+        if start.startswith(word):
+            raise RefusedCheckpoint(f"{file} holds no weights. {hint}")
     fitting = _fitting(folder)
-    if not fitting and folder.is_file:
-        _raise_unknown_file(folder.file(folder.names()[0]))
+    if not fitting:
+        _raise_unknown_file(file, start)
     name = _only(folder, fitting)
     return name, load(name).open(folder, _open_inner)
 
@@ -114,7 +126,7 @@ def _open_directory(folder: Folder, pointed_at: str | None = None) -> tuple[str,
     chosen = _directory.choose(folder, pointed_at=pointed_at)
     if chosen is None:
         _raise_unknown_directory(folder)
-    opened = [(name, *_open_one(folder.lone(name))) for name in chosen.files]
+    opened = [(name, *_open_file(folder.lone(name))) for name in chosen.files]
     contents = _directory.gather(chosen, [(name, found) for name, _, found in opened])
     return "+".join(sorted({format_name for _, format_name, _ in opened})), contents
 
@@ -132,13 +144,8 @@ def _only(folder: Folder, fitting: list[str]) -> str:
     return fitting[0]
 
 
-def _raise_unknown_file(file: File) -> NoReturn:
-    start = file.read(0, min(file.size, 64))
-    if not start:
-        raise CorruptCheckpoint(f"{file} is empty: 0 bytes. Fetch or write it again.")
-    hints = [hint for word, hint in _FIRST_WORDS if start.startswith(word)]
-    if start.startswith(_LFS_POINTER):
-        raise RefusedCheckpoint(f"{file} holds no weights. {hints[0]}")
+def _raise_unknown_file(file: File, start: bytes) -> NoReturn:
+    hints = [hint for word, hint in _OTHERS if start.startswith(word)]
     raise UnknownFormat(
         f"no format recognizes {file} ({file.size} bytes, beginning with {start[:16]!r}). Known "
         f"formats: {', '.join(names())}. "

@@ -113,9 +113,10 @@ def _describe(file: File, entries: tuple[tuple[str, Any], ...], data_starts: int
             metadata = _plain_metadata(file, entry)
             continue
         try:
-            (key_0, dtype), (key_1, dims), (key_2, (begin, end)) = entry
+            (key_0, dtype), (key_1, dims), (key_2, offsets) = entry
             if key_0 != "dtype" or key_1 != "shape" or key_2 != "data_offsets":
-                dtype, dims, begin, end = _reordered(entry)
+                dtype, dims, offsets = _reordered(entry)
+            begin, end = offsets
             found = known.get((dtype, *dims))
             if found is None:
                 found = known[(dtype, *dims)] = _measure(file, name, dtype, dims)
@@ -150,16 +151,12 @@ def _describe(file: File, entries: tuple[tuple[str, Any], ...], data_starts: int
     return Contents(files=(file,), tensors=tensors, metadata=metadata)
 
 
-def _reordered(entry: Any) -> tuple[Any, Any, Any, Any]:
-    """Dtype, shape and the two offsets of an entry that lists them in another order."""
+def _reordered(entry: Any) -> tuple[Any, Any, Any]:
+    """Dtype, shape and offsets of an entry that lists them in another order."""
     by_name = dict(entry)
     if len(by_name) != len(entry):
         raise ValueError("a key stands twice")
-    begin, end = by_name.pop("data_offsets")
-    dtype, dims = by_name.pop("dtype"), by_name.pop("shape")
-    if by_name:
-        raise ValueError("a key nobody knows")
-    return dtype, dims, begin, end
+    return by_name["dtype"], by_name["shape"], by_name["data_offsets"]
 
 
 def _measure(file: File, name: str, dtype: Any, dims: Any) -> tuple[Dims, torch.dtype, Box, int]:
