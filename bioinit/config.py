@@ -58,8 +58,7 @@ class TrainableModelConfig(Tracked):
     num_labels: int | None = derived(lambda c: len(c.labels) if c.labels else None, own=True)
     labels: tuple[str, ...] | None = own(None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _settle(self) -> None:
         for name in ("initial_ckpt_skip_keys_with_these_prefixes", "override_parent_fields"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -69,6 +68,7 @@ class TrainableModelConfig(Tracked):
                 )
             if not isinstance(value, tuple):
                 setattr(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        super()._settle()
         if self.labels and self.num_labels != len(self.labels):
             raise ConfigError(
                 f"num_labels={self.num_labels}, but there are {len(self.labels)} labels "

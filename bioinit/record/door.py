@@ -21,7 +21,16 @@ from pydantic.errors import PydanticSchemaGenerationError
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 from bioinit.record import names
-from bioinit.record.fields import Origin, Spec, config_types, is_config, label, set_in, specs
+from bioinit.record.fields import (
+    Origin,
+    Spec,
+    Unresolved,
+    config_types,
+    is_config,
+    label,
+    set_in,
+    specs,
+)
 
 _LAX = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 _SEQUENCES: tuple[type, ...] = (tuple, list, set, frozenset)
@@ -140,6 +149,13 @@ class _Door:
         return record
 
     def value(self, spec: Spec, annotation: Any, value: Any, path: str) -> Any:
+        if isinstance(annotation, Unresolved):
+            self.refuse(
+                path,
+                f"its type {annotation.text!r} cannot be resolved ({annotation.reason}). Import or "
+                "define it at the top level of the module, outside of `if TYPE_CHECKING`.",
+            )
+            return value
         if isinstance(value, fdl.Buildable) or (is_config(value) and not isinstance(value, type)):
             return self._config(annotation, with_records(value), path)
         types = config_types(annotation)

@@ -14,6 +14,7 @@ import collections.abc
 import dataclasses
 import enum
 import functools
+import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
@@ -147,7 +148,7 @@ def specs(cls: type) -> Mapping[str, Spec]:
     """The fields of a config class by name, in the order of their definition.
 
     Raises:
-        ConfigError: an annotation names something that cannot be found from its module.
+        ConfigError: it is no dataclass.
     """
     return _specs(cls)
 
@@ -156,13 +157,7 @@ def specs(cls: type) -> Mapping[str, Spec]:
 def _specs(cls: Any) -> Mapping[str, Spec]:
     if not dataclasses.is_dataclass(cls):
         raise ConfigError(f"{label(cls)} is no dataclass. Decorate it: @dataclass(kw_only=True).")
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)
-    except NameError as error:
-        raise ConfigError(
-            f"cannot resolve the annotations of {label(cls)}: {error}. Define the name at "
-            "the top level of the module, where annotations are looked up."
-        ) from None
+    hints = _hints(cls)
     return {
         f.name: Spec(
             f.name,
@@ -174,6 +169,30 @@ def _specs(cls: Any) -> Mapping[str, Spec]:
         )
         for f in dataclasses.fields(cls)
     }
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """An annotation that names something which its module does not have when it runs."""
+
+    text: str
+    reason: str
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError:
+        pass
+    found: dict[str, Any] = {}
+    for owner in reversed(cls.__mro__):
+        for name, annotation in inspect.get_annotations(owner).items():
+            alone = {"__annotations__": {name: annotation}, "__module__": owner.__module__}
+            try:
+                found |= typing.get_type_hints(type("_", (), alone), include_extras=True)
+            except NameError as error:
+                found[name] = Unresolved(str(annotation), str(error))
+    return found
 
 
 def mentioned(annotation: Any) -> Iterator[Any]:

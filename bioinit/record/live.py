@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import fiddle as fdl
 
 from bioinit.errors import ConfigError
-from bioinit.record.door import coerce, record_of, unknown_field, with_records
+from bioinit.record.door import coerce, fit, record_of, unknown_field, with_records
 from bioinit.record.fields import is_config, same, set_in, specs
 
 
@@ -37,8 +37,19 @@ class Tracking:
         if self.record is None:
             self.record = fdl.Config(type(config))
             for name, value in self.given.items():
-                setattr(self.record, name, with_records(value))
+                setattr(self.record, name, self._recorded(type(config), name, value))
         return self.record
+
+    def _recorded(self, cls: type, name: str, value: Any) -> Any:
+        """What the door would have made of it, where a person gave a list for a tuple."""
+        value = with_records(value)
+        spec = specs(cls).get(name)
+        if spec is None or not isinstance(value, list | set | frozenset):
+            return value
+        try:
+            return fit(spec, value, name)
+        except ConfigError:
+            return value
 
     def arguments(self) -> Mapping[str, Any]:
         """What was set, by field, as far as it is known without making a record."""
@@ -78,24 +89,12 @@ def _tracked_post_init(original: Callable[..., None]) -> Callable[..., None]:
         called_by_init = bool(arguments) and isinstance(arguments[0], Tracking)
         if called_by_init and arguments[0] is not _NO_SOURCE:
             self._tracking.take_over(self, arguments[0])
-        _derive(self)
+        self._settle()
         original(self, *arguments[called_by_init:])
         self._tracking.note(self)
 
     __post_init__.derives_first = True  # type: ignore[attr-defined]
     return __post_init__
-
-
-def _derive(config: Any) -> None:
-    for spec in specs(type(config)).values():
-        if spec.marks.derive is not None and getattr(config, spec.name) is None:
-            try:
-                setattr(config, spec.name, spec.marks.derive(config))
-            except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"cannot compute {spec.name} of {type(config).__name__}: {error}. "
-                    f"Set {spec.name}, or correct the fields it is computed from."
-                ) from error
 
 
 def _nothing(self: Any) -> None:
@@ -132,6 +131,18 @@ class Tracked:
             given = {**dict(zip(parameters, arguments, strict=False)), **given}
         self.__dict__["_tracking"] = Tracking(given)
         return self
+
+    def _settle(self) -> None:
+        """Compute the derived fields. It runs before any ``__post_init__`` of a subclass."""
+        for spec in specs(type(self)).values():
+            if spec.marks.derive is not None and getattr(self, spec.name) is None:
+                try:
+                    setattr(self, spec.name, spec.marks.derive(self))
+                except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+                    raise ConfigError(
+                        f"cannot compute {spec.name} of {type(self).__name__}: {error}. "
+                        f"Set {spec.name}, or correct the fields it is computed from."
+                    ) from error
 
     def get_hparam(self, name: str) -> Any:
         """See :func:`get_hparam`."""
