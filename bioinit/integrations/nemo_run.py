@@ -8,7 +8,8 @@ For example::
     task = nemo_run.partial("auto/as_saved", ["model.initial_ckpt_path=/ckpt", "output_dir=/out"])
     run.run(task, executor=run.LocalExecutor())
 
-The job travels as text and composes on the machine that the executor chose.
+The job travels as text and composes on the machine that the executor chose. NeMo-Run's local
+executor starts the ``python`` it finds on ``PATH``: activate the environment bioinit is in.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 
 import fiddle as fdl
@@ -75,7 +77,9 @@ def test_nemo_run_gets_a_partial_of_its_own():
 
 @needs_nemo_run
 def test_nemo_runs_local_executor_runs_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    # NeMo-Run starts the `python` it finds on PATH, as in an activated environment.
+    here = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", os.pathsep.join([here, os.environ["PATH"]]))
     import nemo_run as run
     from nemo_run.config import set_nemorun_home
 
@@ -88,6 +92,6 @@ def test_nemo_runs_local_executor_runs_it(checkpoint, tmp_path, monkeypatch):
 
 
 def test_without_nemo_run_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nemo_run", None)
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
     with pytest.raises(ConfigError, match=r"pip install 'bioinit\[nemo-run\]'"):
         integration.partial(RECIPE)
