@@ -505,6 +505,12 @@ def test_a_whole_run_is_saved_with_its_origins(tmp_path: Path) -> None:
     assert load_record(tmp_path, Model) == model
 
 
+def test_the_origins_of_a_model_s_fields_are_kept_beside_them(tmp_path: Path) -> None:
+    save_context(Model(), tmp_path, {"model.norm": Origin("checkpoint", "config.json: norm")})
+    document = json.loads((tmp_path / "context" / "record.json").read_text())
+    assert document["origins"] == {"model.norm": {"by": "checkpoint", "where": "config.json: norm"}}
+
+
 def test_a_function_that_could_not_be_found_again_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:

@@ -29,12 +29,15 @@ _MODEL_FILE = "model.yaml"
 _VERSION = 1
 
 
-def save_context(config: Any, folder: str | Path) -> Path:
+def save_context(
+    config: Any, folder: str | Path, origins: Mapping[str, Origin] | None = None
+) -> Path:
     """Write ``context/`` into ``folder``: both files whole, or none.
 
     Args:
         config: a record or a live config, of a model or of a whole run.
         folder: where the weights lie; it is made if need be.
+        origins: who set which dotted key of the run; the record of a run knows it by itself.
 
     Returns:
         The path of ``context/``.
@@ -55,7 +58,7 @@ def save_context(config: Any, folder: str | Path) -> Path:
     root = encode_config(record, "") if is_run else {"$config": None, SET: {}}
     if not is_run:
         root[SET]["model"] = encode_config(record, "model")
-    origins = dict(record.origins) if is_run else {}
+    origins = {**(record.origins if is_run else {}), **(origins or {})}
     document = {
         "bioinit_context": _VERSION,
         "record": root,
