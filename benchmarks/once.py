@@ -118,6 +118,9 @@ def measure(way: Way, job: Job, wait: Callable[[], None]) -> tuple[object, dict[
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before, io_before, faults_before = status(), io(), resource.getrusage(resource.RUSAGE_SELF)
+    if job.device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     wait()
     begin = time.perf_counter()
     loaded = way.run(job)
@@ -130,7 +133,9 @@ def measure(way: Way, job: Job, wait: Callable[[], None]) -> tuple[object, dict[
         torch.cuda.synchronize()
     end = time.perf_counter()
     after, io_after, faults_after = status(), io(), resource.getrusage(resource.RUSAGE_SELF)
+    device_peak = torch.cuda.max_memory_allocated() if job.device != "cpu" else 0
     return loaded, {
+        "device_peak": device_peak,
         "seconds": end - begin,
         "call_seconds": there - begin,
         "parameter_bytes": sum(t.nbytes for t in tensors),

@@ -21,14 +21,15 @@ def scenario(title: str, goal: float | None, runs: Sequence[Run]) -> str:
         f"### {title}",
         "",
         "| way | seconds | GB/s | load_weights / this, per round | anonymous peak / parameters |"
-        " resident peak over parameters, MiB | bytes read by calls / parameters | page faults |",
-        "|---|---|---|---|---|---|---|---|",
+        " resident peak over parameters, MiB | bytes read by calls / parameters | page faults |"
+        " device peak / parameters |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     alive = list(timed(runs))
     mine = next((run for run in alive if run.key == "load_weights"), None)
     for run in sorted(alive, key=lambda run: median(run, "seconds")):
         lines.append(_row(run, mine))
-    lines += [f"| {run.label} | failed: {run.error} | | | | | | |" for run in runs if run.error]
+    lines += [f"| {run.label} | failed: {run.error} | | | | | | | |" for run in runs if run.error]
     peers = [run for run in alive if run.key not in OURS and run.key not in LIMITS]
     if peers and alive[0].results:
         best = min(peers, key=lambda run: median(run, "seconds"))
@@ -58,6 +59,7 @@ def _row(run: Run, mine: Run | None) -> str:
         f"{(median(run, 'resident_peak') - size) / 2**20:.0f}",
         f"{median(run, 'bytes_by_calls') / size:.3f}",
         f"{median(run, 'minor_faults') + median(run, 'major_faults'):,.0f}",
+        f"{median(run, 'device_peak') / size:.2f}" if median(run, "device_peak") else "",
     )
     return f"| {' | '.join(cells)} |"
 
