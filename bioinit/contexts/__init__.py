@@ -10,8 +10,9 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,44 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|nemo)(\.index\.json)?$"
 
 def names() -> tuple[str, ...]:
     """The names of all kinds of saved config: files of this folder, then entry points."""
-    here = {m.name for m in pkgutil.iter_modules(__path__)} - _NOT_KINDS
-    plugged = {entry.name for entry in entry_points(group=GROUP)} - here
-    return (*sorted(here), *sorted(plugged))
+    return (*_siblings(), *(name for name in _plug_ins() if name not in _siblings()))
 
 
 def load(name: str) -> ContextKind:
-    """The kind of saved config called ``name``, imported now."""
-    [*plugged] = entry_points(group=GROUP, name=name)
-    if plugged and name not in {m.name for m in pkgutil.iter_modules(__path__)}:
-        kind = plugged[0].load()
-    else:
+    """The kind of saved config called ``name``, imported now.
+
+    Raises:
+        ConfigError: there is none of that name, or a plug-in that has it is not usable.
+    """
+    if name in _siblings():
         kind = import_module(f"{__name__}.{name}").CONTEXT
+    elif name in _plug_ins():
+        entry = _plug_ins()[name]
+        try:
+            kind = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the saved-config kind {name!r} ({entry.value}) does not import: {error}. Repair "
+                "or uninstall the package that brings it."
+            ) from error
+    else:
+        raise ConfigError(f"there is no saved-config kind {name!r}. Known: {', '.join(names())}.")
     if not isinstance(kind, ContextKind):
-        raise ConfigError(f"the saved-config kind {name!r} is a {type(kind).__name__}. Repair it.")
+        raise ConfigError(
+            f"the saved-config kind {name!r} is a {type(kind).__name__}, not a ContextKind. Its "
+            "entry point must name the CONTEXT of its module."
+        )
     return kind
+
+
+@cache
+def _siblings() -> tuple[str, ...]:
+    return tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - _NOT_KINDS))
+
+
+@cache
+def _plug_ins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def find(folder: Folder) -> Context | None:
