@@ -137,7 +137,7 @@ def _registration_order(make: Make) -> list[set[str]]:
 def _constructed(make: Make) -> nn.Module:
     try:
         model = make()
-    except NotImplementedError as error:
+    except RuntimeError as error:
         if "meta" not in str(error):
             raise
         raise ConfigError(

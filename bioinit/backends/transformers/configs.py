@@ -30,6 +30,7 @@ DROPPED = {
 }
 """Fields of a saved config that describe no model, and why they are left behind."""
 
+_CLASS = "it says which class this is"
 _RENAMED = {
     "rope_theta": "rope_parameters",
     "rope_scaling": "rope_parameters",
@@ -127,7 +128,10 @@ def read(cls: Any, data: Mapping[str, Any]) -> SavedConfig:
         ConfigError: transformers refuses a value.
     """
     given = {k: cls._decode_special_floats(v) for k, v in data.items() if k != "model_type"}
-    return _read(make_config(cls, given), given)
+    saved = _read(make_config(cls, given), given)
+    if "model_type" in data:
+        saved.became["model_type"] = _CLASS
+    return saved
 
 
 def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
@@ -143,7 +147,7 @@ def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
     undeclared: dict[str, Any] = {}
     for name in given:
         if name in DROPPED or name == "model_type":
-            became[name] = DROPPED.get(name, "it says which class this is")
+            became[name] = DROPPED.get(name, _CLASS)
         elif name in names or name in nested:
             became[name] = (name,)
         elif cls.attribute_map.get(name) in names:

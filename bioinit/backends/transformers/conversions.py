@@ -59,7 +59,7 @@ class Renamed:
 
 @dataclass(frozen=True)
 class Group:
-    """Stored keys that are renamed alike: their pattern, the keys in natural order, the shape."""
+    """Stored keys that are renamed alike: their pattern, the keys, the shape."""
 
     pattern: str
     keys: tuple[str, ...]
@@ -144,7 +144,7 @@ def used(model: nn.Module, stored: Collection[str]) -> list[Any]:
     """The transforms that ``stored`` names went through: what saving has to undo."""
     table = Library(model)
     seen: set[str] = set()
-    for key in sorted(stored, key=library.dot_natural_key):
+    for key in sorted(stored, key=library.dot_natural_key) if table.keeps_state else stored:
         kind = template(key)
         if kind not in seen or table.reads_numbers or table.keeps_state:
             seen.add(kind)
@@ -165,8 +165,6 @@ def _groups(table: Library, stored: Mapping[str, Dims]) -> Iterable[Group]:
         if renamed is None or (renamed.converts is not None and len(shapes) > 1):
             yield from _one_by_one(table, keys, stored)
         else:
-            if renamed.converts is not None:
-                keys.sort(key=library.dot_natural_key)
             yield Group(kind, tuple(keys), next(iter(shapes)), renamed)
 
 
@@ -248,19 +246,21 @@ def _views(table: Library, groups: list[Group]) -> tuple[list[Rule], list[Rule]]
 
 def _held(group: Group) -> Held | None:
     """The tensors of a group for one live tensor: one, or one per value of a wildcard."""
-    count = len(numbers(group.keys[0])) if "*" in group.pattern else 0
-    extra = [i for i in range(count) if i not in group.renamed.captures]
-    if group.renamed.captures != tuple(i for i in range(count) if i not in extra):
+    places = [i for i, segment in enumerate(group.pattern.split(".")) if segment == "*"]
+    wildcards = range(len(places))
+    extra = [i for i in wildcards if i not in group.renamed.captures]
+    if group.renamed.captures != tuple(i for i in wildcards if i not in extra):
         return None
     symbol = Symbol.stored(group.pattern, group.shape)
     if not extra:
         return symbol
     if len(extra) > 1:
         return None
-    found = [numbers(key) for key in group.keys]
-    values = {n[extra[0]] for n in found}
-    layers = {n[: extra[0]] + n[extra[0] + 1 :] for n in found}
-    if values != {str(i) for i in range(len(values))} or len(found) != len(values) * len(layers):
+    counted = places.pop(extra[0])
+    segments = [key.split(".") for key in group.keys]
+    values = {s[counted] for s in segments}
+    layers = {tuple([s[i] for i in places]) for s in segments}
+    if values != {str(i) for i in range(len(values))} or len(segments) != len(values) * len(layers):
         return None
     return Many(symbol, len(values), extra[0])
 
