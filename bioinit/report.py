@@ -167,7 +167,7 @@ class Folded(NamedTuple):
     """Keys that share all facts: ``layers.{0..31}.w``, how many they are, and one of them."""
 
     text: str
-    count: int
+    times: int
     first: Claim
 
 

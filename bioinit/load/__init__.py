@@ -23,7 +23,7 @@ from bioinit.errors import BioinitError, Problem
 from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import Pattern
 from bioinit.layout import fold, row_major
-from bioinit.load.initial import Watch, own_random_state, reset_parameters
+from bioinit.load.initial import Watching, own_random_state, reset_parameters
 from bioinit.load.memory import allocate
 from bioinit.load.transfer import Job, Progress, Transfer
 from bioinit.plan import Copy, LoadPlan, TargetPlan, worker_count
@@ -141,7 +141,7 @@ class _Load:
         if not new:
             return []
         loaded = frozenset(self.live) - new
-        watch = Watch(self.live, loaded, seed)
+        watch = Watching(self.live, loaded, seed)
         with torch.no_grad(), own_random_state(self.device), watch:
             values = backend.initialize(self.module, make, loaded, watch)
         with torch.no_grad():
@@ -292,7 +292,7 @@ def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 def _is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return True
-    for part in tensor.reshape(-1).split(chunk):
+    for part in tensor.reshape(-1).split(chunk):  # type: ignore[no-untyped-call]
         if part.dtype.itemsize == 1:
             part = part.float()
         low, high = torch.aminmax(part)

@@ -17,14 +17,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bioinit.backends.protocol import Watch
 
-class Watch(TorchDispatchMode):
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of an initializer. Implements ``backends.protocol.Watch``."""
 
     def __init__(
         self, live: Mapping[str, torch.Tensor], protected: Collection[str], seed: int
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._keys: dict[tuple[str, int], str] = {}
         for key, tensor in live.items():
             self._keys.setdefault(_memory(tensor), key)  # tied names follow the one that owns it

@@ -24,8 +24,9 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self.is_asynchronous = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self.is_asynchronous else None
-        if self._stream is not None:
+        self._stream: torch.cuda.Stream | None = None
+        if self.is_asynchronous:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # The targets' memory may still be in use by what was queued before they got it.
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self._buffers: list[torch.Tensor | None] = [None] * (
@@ -71,6 +72,6 @@ class Staging:
             return
         with torch.cuda.stream(self._stream):
             yield
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
             self._copied[self._turn] = event
