@@ -296,7 +296,7 @@ def test_an_empty_folder_is_replaced_and_a_full_one_is_not(tmp_path):
     final.mkdir()
     with atomic_folder(final) as folder:
         (folder / "x").write_text("1")
-    with pytest.raises(StorageError, match="not empty.*overwrite"), atomic_folder(final):
+    with pytest.raises(StorageError, match=r"not empty.*overwrite"), atomic_folder(final):
         pytest.fail("the block must not run")
     assert (final / "x").read_text() == "1" and left_beside(final) == []
 
@@ -348,7 +348,7 @@ def test_an_error_of_the_system_is_told_with_its_cure(number, cure, tmp_path):
 
 
 def test_an_error_of_ours_stays_what_it_is(tmp_path):
-    with pytest.raises(BioinitError, match="^mine$") as caught, atomic_folder(tmp_path / "out"):
+    with pytest.raises(BioinitError, match=r"^mine$") as caught, atomic_folder(tmp_path / "out"):
         raise CorruptCheckpoint("mine")
     assert type(caught.value) is CorruptCheckpoint
 

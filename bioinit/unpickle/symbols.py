@@ -179,6 +179,11 @@ def _byte_array(data: Any = b"", encoding: str = "latin1", errors: Any = None) -
     return bytearray(data)
 
 
+def _no_bytes() -> bytes:
+    """How the old protocols spell the empty bytes; others go through ``_codecs.encode``."""
+    return b""
+
+
 def _complex(real: float, imaginary: float) -> complex:
     return complex(real, imaginary)
 
@@ -281,8 +286,10 @@ def _calls() -> dict[tuple[str, str], Callable[..., Any]]:
         ("builtins", "set"): _set,
         ("builtins", "frozenset"): _frozen_set,
         ("builtins", "bytearray"): _byte_array,
+        ("builtins", "bytes"): _no_bytes,
         ("builtins", "complex"): _complex,
         ("builtins", "range"): _range,
+        ("builtins", "xrange"): _range,
         ("builtins", "slice"): _opaque("builtins", "slice"),
         ("builtins", "getattr"): _attribute,
         ("_codecs", "encode"): _bytes_of,
