@@ -548,6 +548,11 @@ def test_plain_data_is_what_any_json_writer_takes():
     }
 
 
+def test_half_characters_do_not_get_into_plain_data():
+    found = plain(load(pickle.dumps({"\ud800": "\udfff", "ü": "ü"})))
+    assert found == {"?": "?", "ü": "ü"}
+
+
 def test_unlisted_members_of_enumerations_are_refused_by_name_only():
     found = load(pickle.dumps({"color": Color.RED, "epoch": 3}))
     assert found["epoch"] == 3

@@ -93,8 +93,11 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
     with collector.paused():
         around = folder.around
         if around is not None and _directory.stands_for_directory(folder.names()[0]):
-            return _open_directory(around, pointed_at=folder.names()[0])
-        return _open_file(folder) if folder.is_file else _open_directory(folder)
+            found = _open_directory(around, pointed_at=folder.names()[0])
+        else:
+            found = _open_file(folder) if folder.is_file else _open_directory(folder)
+        _require_text(folder, found[1])
+        return found
 
 
 def _open_inner(folder: Folder) -> Contents:
@@ -129,6 +132,17 @@ def _open_directory(folder: Folder, pointed_at: str | None = None) -> tuple[str,
     opened = [(name, *_open_file(folder.lone(name))) for name in chosen.files]
     contents = _directory.gather(chosen, [(name, found) for name, _, found in opened])
     return "+".join(sorted({format_name for _, format_name, _ in opened})), contents
+
+
+def _require_text(folder: Folder, contents: Contents) -> None:
+    """Raise if a tensor has a name that nothing could print: half a character."""
+    try:
+        "".join(contents.tensors).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorruptCheckpoint(
+            f"{folder.path} names a tensor {error.object[error.start : error.end]!r} or longer, "
+            "which is no text. Fetch or write it again."
+        ) from error
 
 
 def _fitting(folder: Folder) -> list[str]:

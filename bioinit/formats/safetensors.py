@@ -212,9 +212,11 @@ def _plain_metadata(file: File, entry: Any) -> dict[str, Any]:
     try:
         found = dict(entry)
     except (TypeError, ValueError):
-        found = {"": None}
-    if not all(type(value) is str for value in found.values()):
-        _corrupt(file, "its '__metadata__' is not an object of strings")
+        _corrupt(file, "its '__metadata__' is not an object")
+    try:
+        "".join(part for pair in found.items() for part in pair).encode("utf-8")
+    except (TypeError, UnicodeEncodeError):
+        _corrupt(file, "its '__metadata__' is not an object of texts")
     return found
 
 

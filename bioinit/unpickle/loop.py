@@ -68,7 +68,7 @@ def _loop(machine: Machine) -> Any:
                     push(())
                 elif op == 0x52:  # REDUCE
                     args, function = pop(), pop()
-                    if type(function) is Symbol and function.copies:
+                    if args and type(function) is Symbol and function.copies:
                         machine.pay(args)
                     push(call(function, args))
                 elif op == 0x58:  # BINUNICODE
@@ -118,7 +118,7 @@ def _loop(machine: Machine) -> Any:
                 push((pop(),))
             elif op == 0x81:  # NEWOBJ
                 args, function = pop(), pop()
-                if type(function) is Symbol and function.copies:
+                if args and type(function) is Symbol and function.copies:
                     machine.pay(args)
                 push(new(function, args))
             elif op == 0x7D:  # EMPTY_DICT

@@ -24,6 +24,13 @@ def plain(value: Any) -> Any:
     return _Plain().of(value, 0)
 
 
+def _text(value: str) -> str:
+    """``value`` as text that any terminal and any file takes: no half characters."""
+    if len(value) > LONGEST_TEXT:
+        value = value[:LONGEST_TEXT] + OMITTED
+    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+
+
 class _Nothing:
     """Stands for what was left out."""
 
@@ -44,12 +51,12 @@ class _Plain:
         if kind in (TensorRef, StorageRef):
             return _NOTHING
         self.room -= 1
-        if kind in (float, bool, type(None)) or (kind is str and len(value) <= LONGEST_TEXT):
+        if kind in (float, bool, type(None)):
             return value
         if kind is int:
             return value if value.bit_length() <= LONGEST_INT_BITS else OMITTED
         if kind is str:
-            return value[:LONGEST_TEXT] + OMITTED
+            return _text(value)
         if self.room < 0 or depth > DEEPEST:
             return OMITTED
         if kind in (bytes, bytearray):
@@ -73,7 +80,7 @@ class _Plain:
                 continue
             inner = self._of(entry, depth + 1)
             if inner is not _NOTHING:
-                found[key if type(key) is str else str(key)] = inner
+                found[_text(str(key))] = inner
             if self.room < 0:
                 found[OMITTED] = OMITTED
                 break

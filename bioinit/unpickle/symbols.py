@@ -93,7 +93,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
     if type(storage) is not StorageRef:
         _refuse_if_called(storage)
         raise TypeError(f"a tensor over a {type(storage).__name__}")
-    _refuse_if_called((offset, size, stride))
+    if type(offset) is not int or type(size) is not tuple or type(stride) is not tuple:
+        _refuse_if_called((offset, size, stride))
     if len(rest) > 2 and rest[2]:
         raise RefusedCheckpoint(
             f"a tensor carries the lazy marks {rest[2]!r}, which change its values when it is read"

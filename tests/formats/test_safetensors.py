@@ -136,6 +136,17 @@ CORRUPT = {
     ),
     "hole before the first": ({"a": entry(4, 8, [1])}, bytes(8), None, "no tensor owns"),
     "bytes after the last": ({"a": entry(0, 4, [1])}, bytes(9), None, "last 5 bytes"),
+    "name that is no text": (
+        b'{"\\ud800": %s}' % json.dumps(entry(0, 4, [1])).encode(),
+        *(bytes(4), None, "no text"),
+    ),
+    "metadata that is half a character": (
+        b'{"__metadata__": {"a": "\\udfff"}}',
+        b"",
+        None,
+        "texts",
+    ),
+    "metadata that is a list": ({"__metadata__": [1]}, b"", None, "__metadata__"),
     "metadata that is no text": ({"__metadata__": {"a": 1}}, b"", None, "__metadata__"),
 }
 
