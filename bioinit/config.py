@@ -83,6 +83,37 @@ class TrainableModelConfig(Tracked):
         )
 
 
+class _NotYet(NamedTuple):
+    section: str
+    field: str
+    allowed: tuple[Any, ...]
+    instead: str
+
+
+_ONE_PROCESS = "one process loads the whole model"
+_NOT_YET = (
+    _NotYet("init", "layers", (None,), "every layer of the model is loaded"),
+    _NotYet("init", "convert", (None, False), "checkpoints are read as they are, with no cache"),
+    _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
+    _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
+    _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
+    _NotYet("output", "dialect", ("hf",), "models are written in the hf dialect"),
+    _NotYet("output", "format", ("safetensors",), "models are written as safetensors"),
+    _NotYet(
+        "model", "backend", (None, "transformers"), "models come from transformers or are yours"
+    ),
+)
+
+
+def _refuse_unsupported(section: str, values: Mapping[str, Any]) -> None:
+    for place, name, allowed, instead in _NOT_YET:
+        if place == section and name in values and values[name] not in allowed:
+            raise ConfigError(
+                f"{name}={values[name]!r} is not supported yet: {instead}. "
+                f"Leave {section}.{name} out."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitPolicy:
     """Where values come from, and what is an error on the way."""
@@ -98,6 +129,9 @@ class InitPolicy:
     check_finite: bool = False
     layers: tuple[int, ...] | str | None = None
     convert: bool | str | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_unsupported("init", vars(self))
 
 
 def _switch(value: Any) -> Any:
@@ -119,6 +153,7 @@ class Placement:
     parallel_load: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
 
     def __post_init__(self) -> None:
+        _refuse_unsupported("placement", vars(self))
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
@@ -139,27 +174,8 @@ class Output:
     dialect: str = "hf"
     format: str = "safetensors"
 
-
-class _NotYet(NamedTuple):
-    section: str
-    field: str
-    allowed: tuple[Any, ...]
-    instead: str
-
-
-_ONE_PROCESS = "one process loads the whole model"
-_NOT_YET = (
-    _NotYet("init", "layers", (None,), "every layer of the model is loaded"),
-    _NotYet("init", "convert", (None, False), "checkpoints are read as they are, with no cache"),
-    _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
-    _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
-    _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
-    _NotYet("output", "dialect", ("hf",), "models are written in the hf dialect"),
-    _NotYet("output", "format", ("safetensors",), "models are written as safetensors"),
-    _NotYet(
-        "model", "backend", (None, "transformers"), "models come from transformers or are yours"
-    ),
-)
+    def __post_init__(self) -> None:
+        _refuse_unsupported("output", vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +200,6 @@ class Run:
                 f"model is {self.model!r}, not a model's config. Give the fields of one, or an "
                 "instance of a subclass of TrainableModelConfig."
             )
-        for section, name, allowed, instead in _NOT_YET:
-            part = getattr(self, section)
-            value = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
-            if value not in allowed:
-                raise ConfigError(
-                    f"{section}.{name}={value!r} is not supported yet: {instead}. "
-                    f"Leave {section}.{name} out."
-                )
+        if self.model is not None:
+            values = self.model if isinstance(self.model, Mapping) else vars(self.model)
+            _refuse_unsupported("model", values)

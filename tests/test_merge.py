@@ -24,6 +24,7 @@ from bioinit.record import (
     read_fields,
     record_of,
     save_context,
+    set_hparam,
 )
 from bioinit.storage import Folder
 
@@ -423,3 +424,32 @@ def test_values_that_contradict_each_other_after_the_merge_are_refused() -> None
     record = make_record(Both, {"num_labels": 3, "labels": ["a", "b"]}, at="model")
     with pytest.raises(ConfigError, match=r"^model: num_labels=3"):
         merge(record, {}, {})
+
+
+def test_what_python_assigns_to_a_composed_record_is_a_person_s_word() -> None:
+    preset = {"model.plain": Origin("default", "conf/model/small.yaml:2")}
+    record = make_record(Tower, {"plain": 3, "made": [3]}, preset, at="model")
+    saved = literal(plain=5)
+    assert not merge(record, saved, preset).problems
+    record.plain = 4
+    [problem] = merge(record, saved, preset).problems
+    assert "model.plain is 4 (recipe, test_merge.py:" in problem.message
+    again = make_record(Tower, {"plain": 3}, preset, at="model")
+    set_hparam(again, "plain", 4)
+    [problem] = merge(again, saved, preset).problems
+    assert "model.plain is 4 (recipe, test_merge.py:" in problem.message
+
+
+def test_what_python_assigns_is_judged_like_anything_else() -> None:
+    record = make_record(Both, {})
+    record.activation, record.vision.depth = "relu", "7"
+    assert build(record).activation is torch.nn.functional.relu
+    merged = merge(record, literal(activation="relu", vision={"depth": 7}), {})
+    assert not merged.problems
+    [problem] = merge(record, literal(vision={"depth": 8}), {}).problems
+    assert "model.vision.depth is 7 (recipe, test_merge.py:" in problem.message
+    record.vision.depth = "many"
+    with pytest.raises(ConfigError, match=r"model\.vision\.depth: 'many'"):
+        build(record, at="model")
+    with pytest.raises(ConfigError, match=r"model\.vision\.depth: 'many'"):
+        merge(record, None, {})

@@ -17,7 +17,7 @@ from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 from bioinit.merge.decision import Decision, Merged
 from bioinit.merge.table import OnConflict, Table
-from bioinit.record import Origin, SavedField, build, is_config, set_in, specs
+from bioinit.record import Origin, SavedField, build, is_config, judge, set_in, specs
 
 __all__ = ["Decision", "Merged", "OnConflict", "merge"]
 
@@ -43,7 +43,8 @@ def merge(
         ConfigError: a listed name that nobody knows, or the merged values contradict each other.
     """
     record = copy.deepcopy(record)
-    table = Table(origins, on_conflict, _listed(record, saved or {}, at))
+    by_hand = {path: Origin("recipe", where) for path, where in judge(record, at).items()}
+    table = Table({**origins, **by_hand}, on_conflict, _listed(record, saved or {}, at))
     table.decide(record, None if saved is None else dict(saved), at, "")
     live = build(record, at=at)
     return Merged(

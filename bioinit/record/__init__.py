@@ -9,7 +9,14 @@ one back.
 from __future__ import annotations
 
 from bioinit.record.context import load_record, model_node, read_context, save_context, shown
-from bioinit.record.door import coerce, fit, make_record, record_of, with_records
+from bioinit.record.door import (
+    coerce,
+    fit,
+    judge,
+    make_record,
+    record_of,
+    with_records,
+)
 from bioinit.record.fields import (
     Marks,
     Origin,
@@ -57,6 +64,7 @@ __all__ = [
     "get_hparams",
     "get_non_default_hparams",
     "is_config",
+    "judge",
     "label",
     "load_record",
     "make_record",

@@ -11,6 +11,7 @@ import enum
 import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -33,6 +34,7 @@ from bioinit.record.fields import (
 )
 
 _LAX = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+_PACKAGE = Path(__file__).parents[1]
 _SEQUENCES: tuple[type, ...] = (tuple, list, set, frozenset)
 
 
@@ -78,6 +80,52 @@ def fit(spec: Spec, value: Any, path: str) -> Any:
     if problems:
         raise ConfigError("\n".join(problems))
     return fitting
+
+
+def _written_by_hand(record: Any, name: str) -> str | None:
+    """Where a person's own code assigned to a field of a record, ``file.py:12``; else None.
+
+    fiddle remembers for every field who set it last. What came through the door was set in here.
+    """
+    history = record.__argument_history__.get(name)
+    location = history[-1].location if history else None
+    if location is None or Path(location.filename).is_relative_to(_PACKAGE):
+        return None
+    return f"{Path(location.filename).name}:{location.line_number}"
+
+
+def judge(record: Any, at: str = "") -> dict[str, str]:
+    """Send through the door what a person's code assigned to a record directly.
+
+    Returns:
+        The dotted path of every such field, and the line of code that set it.
+
+    Raises:
+        ConfigError: a value does not fit its field; all of them, with their paths.
+    """
+    problems: list[str] = []
+    by_hand: dict[str, str] = {}
+    _judge(record, at, problems, by_hand)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return by_hand
+
+
+def _judge(value: Any, at: str, problems: list[str], by_hand: dict[str, str]) -> None:
+    if isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            _judge(item, f"{at}.{number}", problems, by_hand)
+    if not isinstance(value, fdl.Config) or not is_config(fdl.get_callable(value)):
+        return
+    known = specs(fdl.get_callable(value))
+    for name, item in set_in(value).items():
+        path = f"{at}.{name}" if at else name
+        where = _written_by_hand(value, name)
+        if where is not None and not known[name].marks.bookkeeping:
+            by_hand[path] = where
+            fitting = _Door({}, problems).value(known[name], known[name].annotation, item, path)
+            setattr(value, name, fitting)
+        _judge(set_in(value)[name], path, problems, by_hand)
 
 
 def unknown_field(cls: type, name: str) -> str:

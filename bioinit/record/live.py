@@ -11,15 +11,20 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import fiddle as fdl
+import fiddle.history
 
 from bioinit.errors import ConfigError
-from bioinit.record.door import coerce, fit, record_of, unknown_field, with_records
+from bioinit.record.door import coerce, fit, judge, record_of, unknown_field, with_records
 from bioinit.record.fields import is_config, same, set_in, specs
+
+# set_hparam sets fields for whoever calls it: the line that fiddle remembers is the caller's.
+fdl.history.add_exclude_location(os.path.join("bioinit", "record", "live.py"))
 
 
 class Tracking:
@@ -165,10 +170,13 @@ def build(record: Any, *, at: str = "") -> Any:
     """The live config that a record describes. It keeps a copy of the record.
 
     Raises:
-        ConfigError: a field without a default is not set, or the values contradict each other; the
-            message begins with the dotted path, which itself begins with ``at``.
+        ConfigError: a field without a default is not set, a value does not fit, or the values
+            contradict each other; the message begins with the dotted path, which itself begins
+            with ``at``.
     """
-    return _build(copy.deepcopy(record), at, {})
+    record = copy.deepcopy(record)
+    judge(record, at)
+    return _build(record, at, {})
 
 
 def _build(value: Any, at: str, built: dict[int, Any]) -> Any:
