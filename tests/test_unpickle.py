@@ -284,6 +284,13 @@ def test_metadata_of_a_distributed_checkpoint_is_readable(tmp_path):
     assert "refused" not in str(plain(found))
 
 
+def test_nothing_in_metadata_that_megatron_wrote_is_refused(fixtures_dir):
+    files = sorted(fixtures_dir.rglob(".metadata"))
+    assert files
+    for file in files:
+        assert "refused" not in str(plain(load(file.read_bytes())))
+
+
 # Calls
 
 

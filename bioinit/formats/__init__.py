@@ -177,7 +177,7 @@ def _raise_unknown_directory(folder: Folder) -> NoReturn:
     shown = ", ".join(seen[:8]) + (f" and {len(seen) - 8} more" if len(seen) > 8 else "")
     cure = "Check the path, or fetch the weights again."
     if inner:
-        cure = f"Point at the folder inside it that holds the weights, such as {inner[0]}"
+        cure = f"Point at the folder inside it that holds the weights: {' or '.join(inner[:4])}"
     raise UnknownFormat(
         f"no format recognizes the directory {folder.path}, which holds {shown}. Known formats: "
         f"{', '.join(names())}. {cure}"

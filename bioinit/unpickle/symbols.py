@@ -37,6 +37,8 @@ STORAGE_DTYPES = {
 }
 ENUMERATIONS = (
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "LoadItemType"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
     ("megatron.core.enums", "ModelType"),
     ("megatron.core.transformer.enums", "AttnBackend"),
     ("megatron.core.transformer.enums", "AttnMaskType"),
