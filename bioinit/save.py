@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,12 @@ from torch import nn
 
 from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, StorageError
-from bioinit.record import save_context
+from bioinit.record import Origin, save_context
 from bioinit.report import dumps
 from bioinit.storage import Folder, atomic_folder
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
-
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "preprocessor_config.json",
-)
-"""Files that belong to a model in the hf dialect and go along unchanged."""
 
 
 def save(
@@ -48,11 +31,13 @@ def save(
     backend: Backend,
     record: Any,
     receipt: Mapping[str, Any],
+    origins: Mapping[str, Origin] | None = None,
     source: Folder | None = None,
+    carried: Iterable[str] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write ``model``, its context, companions of ``source`` and the receipt to ``path``.
+    """Write ``model``, its context, what it carries along and the receipt to ``path``.
 
     Args:
         model: real everywhere.
@@ -60,7 +45,9 @@ def save(
         backend: who knows how such a model is written.
         record: what the next run will read as the saved config.
         receipt: the report's JSON; the digests of the written files are added to it.
-        source: the checkpoint, whose tokenizer and generation config go along.
+        origins: who set which dotted key of the run; kept in the context.
+        source: the checkpoint's folder.
+        carried: files of ``source`` that go along unchanged: tokenizer, generation config.
         overwrite: replace a non-empty folder.
         max_shard_bytes: the most bytes of one weight file.
 
@@ -72,9 +59,9 @@ def save(
     """
     with atomic_folder(path, overwrite=overwrite) as folder:
         backend.save(model, folder, max_shard_bytes)
-        save_context(record, folder)
-        if source is not None:
-            _copy_companions(source, folder)
+        save_context(record, folder, origins)
+        for name in carried if source is not None else ():
+            _carry(source, name, folder)
         document = {**receipt, "files": list(_digests(folder))}
         (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
@@ -141,13 +128,9 @@ def verify(path: str | Path) -> list[dict[str, str]]:
     return found
 
 
-def _copy_companions(source: Folder, folder: Path) -> None:
-    around = source.around or source
-    for name in _COMPANIONS:
-        if around.has(name):
-            file = around.file(name)
-            with open(folder / name, "wb") as out:
-                out.write(file.read(0, file.size))
+def _carry(source: Folder, name: str, folder: Path) -> None:
+    file = source.file(name)
+    (folder / name).write_bytes(file.read(0, file.size))
 
 
 def _digests(folder: Path) -> Iterator[dict[str, Any]]:

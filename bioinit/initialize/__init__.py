@@ -19,7 +19,7 @@ from bioinit.initialize.prepare import Prepared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.mapping import Mapping as NameMapping
 from bioinit.plan import LoadPlan
-from bioinit.record import make_record
+from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
 from bioinit.save import check_free, save
 
@@ -46,14 +46,23 @@ class Initialized:
         Raises:
             StorageError: ``path`` holds something already, or cannot be written.
         """
-        checkpoint = self._prepared.checkpoint
+        prepared = self._prepared
+        checkpoint = prepared.checkpoint
+        context = None if checkpoint is None else checkpoint.context
+        carried = {
+            name
+            for found in (() if context is None else (context, *context.beside))
+            for name in found.carried
+        }
         return save(
             self.model,
             path,
-            backend=self._prepared.backend,
-            record=self._prepared.record,
+            backend=prepared.backend,
+            record=prepared.record,
             receipt=self.report.to_json(),
-            source=None if checkpoint is None else checkpoint.folder,
+            origins={f"model.{d.field}": d.origin for d in self.plan.fields},
+            source=None if checkpoint is None else checkpoint.folder.around or checkpoint.folder,
+            carried=sorted(carried),
             overwrite=overwrite,
         )
 
@@ -131,7 +140,7 @@ def load_weights(
         PlanError: the plan has problems, and nothing was touched; or loading found some.
         BioinitError: see its subclasses; the error says whether the module is as it was.
     """
-    init: InitPolicy = fdl.build(make_record(InitPolicy, policy, at="load_weights"))
+    init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
     with open_checkpoint(path) as checkpoint:
         with collector.paused():
             prepared = prepare_module(module, checkpoint, init, tuple(skip_prefixes), mapping)

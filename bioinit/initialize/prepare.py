@@ -93,7 +93,7 @@ def prepare_module(
         spelled=spelling.spell,
         skip_prefixes=skip_prefixes,
         dtype="module",
-        notes=_notes(spelling, None),
+        notes=_notes(spelling),
     )
     planned = _finished(planned, init, checkpoint, None, started)
     config = TrainableModelConfig()
@@ -131,7 +131,7 @@ def _decide(
         spelled=spelling.spell,
         skip_prefixes=config.initial_ckpt_skip_keys_with_these_prefixes,
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
-        notes=_notes(spelling, saved),
+        notes=_notes(spelling, saved, merged.missing),
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     planned = dataclasses.replace(
@@ -208,8 +208,12 @@ def _described(checkpoint: Checkpoint | None, family: str | None) -> dict[str, A
     }
 
 
-def _notes(spelling: Spelling, saved: ReadFields | None) -> list[str]:
+def _notes(
+    spelling: Spelling, saved: ReadFields | None = None, missing: Sequence[str] = ()
+) -> list[str]:
     notes = [spelling.note] if spelling.note else []
+    if missing:
+        notes.append(f"fields that the saved config lacks: {', '.join(missing)}")
     unknown = [] if saved is None else [f.name for f in saved.account if f.fate == "unknown"]
     if unknown:
         notes.append(f"fields of the saved config that nobody knows: {', '.join(unknown)}")

@@ -1,0 +1,259 @@
+"""The claim of one target: loaded, skipped, initialized, or a problem with its cure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from bioinit.config import InitPolicy
+from bioinit.errors import Problem
+from bioinit.formats.protocol import StoredTensor
+from bioinit.keys import Pattern, suggestion
+from bioinit.layout import Dims, numel
+from bioinit.mapping import Conversion, Names
+from bioinit.plan.cover import Cover, Skips, Sources
+from bioinit.plan.facts import Copy, DtypeRule, Model, TargetPlan
+from bioinit.report import Claim, ClaimKind
+from bioinit.targets import Target
+
+SKIP_LIST = "model.initial_ckpt_skip_keys_with_these_prefixes"
+
+
+class Decisions:
+    """One decision per target; collects the problems on the way."""
+
+    def __init__(
+        self,
+        model: Model,
+        sources: Sources,
+        names: Names,
+        skips: Skips,
+        init: InitPolicy,
+        dtype: DtypeRule,
+    ) -> None:
+        self.model, self.sources, self.names, self.skips = model, sources, names, skips
+        self.init, self.dtype = init, dtype
+        self.new = [Pattern(text) for text in init.new]
+        self.problems: list[Problem] = []
+        self._common = _common_dtype(sources.stored)
+
+    def about(
+        self, target: Target, spellings: Sequence[str], conversion: Conversion | None
+    ) -> TargetPlan:
+        """The claim of one target; ``spellings`` are its key and the names tied to it."""
+        skip = self.skips.of(target.key) if self.skips.hits else None
+        if skip is not None:
+            return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
+        if conversion is not None:
+            return self._converted(target, conversion)
+        covers = [c for c in (self.sources.cover(target, key) for key in spellings) if c]
+        if any(cover.mismatch is not None for cover in covers):
+            return self._mismatched(
+                target, next(cover for cover in covers if cover.mismatch is not None)
+            )
+        whole = [c for c in covers if c.names and c.covered == numel(target.shape)]
+        if whole:
+            return self._loaded(target, whole)
+        skip = next((cover.skipped for cover in covers if cover.skipped), None)
+        part = next((cover for cover in covers if cover.covered), None)
+        if skip is not None and part is not None:
+            return self._loaded(target, [part], f"all but skip prefix {skip!r}", needs_init=True)
+        if skip is not None:
+            return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
+        return self._missing(target, part)
+
+    def _loaded(
+        self, target: Target, covers: Sequence[Cover], note: str = "", needs_init: bool = False
+    ) -> TargetPlan:
+        cover = covers[0]
+        copies = cover.copies
+        stored = (
+            (copies[0].dtype,)
+            if len(copies) == 1
+            else tuple(dict.fromkeys(copy.dtype for copy in copies))
+        )
+        for dtype in stored:
+            if dtype != target.dtype and _kind(dtype) != _kind(target.dtype):
+                return self._wrong_kind(target, cover.names[0], dtype)
+        final = self._final_dtype(target, stored)
+        rule = self._rule_text(target.key, cover.names[0])
+        if note:
+            rule = note if rule == "copy" else f"{rule}; {note}"
+        claim = Claim(
+            target.key,
+            target.shape,
+            dtype_name(final),
+            "loaded",
+            rule,
+            cover.names,
+            copies[0].bytes if len(copies) == 1 else sum(copy.bytes for copy in copies),
+            None if stored == (final,) else _cast(stored, final),
+            self.model.describe_init(target.key) if needs_init else None,
+        )
+        equal = () if len(covers) == 1 and not cover.others else _further_copies(covers)
+        return TargetPlan(claim, final, copies, equal, None, needs_init)
+
+    def _rule_text(self, key: str, name: str) -> str:
+        """What the rules on both sides do, once each; ``copy`` if nothing."""
+        disk = self.names.disk.rule_for(self.sources.spelled(name))
+        memory = self.names.memory.rule_for(key)
+        if disk is memory or memory is None:
+            return "copy" if disk is None else disk.text
+        texts = [rule.text for rule in (disk, memory) if rule is not None and rule.text != "copy"]
+        return "; ".join(dict.fromkeys(texts)) or "copy"
+
+    def _wrong_kind(self, target: Target, name: str, dtype: torch.dtype) -> TargetPlan:
+        return self._problem(
+            target,
+            "dtype",
+            f"{target.key} is {dtype_name(target.dtype)}, but {name!r} is stored as "
+            f"{dtype_name(dtype)}; integers and floats are not cast into each other.",
+            f"Mend the checkpoint, or skip the prefix in {SKIP_LIST}.",
+        )
+
+    def _converted(self, target: Target, conversion: Conversion) -> TargetPlan:
+        stored = self.sources.stored
+        if any(name not in stored for name in conversion.sources):
+            return self._missing(target, None)
+        skipped = self.sources.skipped
+        skip = next((skipped[name] for name in conversion.sources if name in skipped), None)
+        if skip is not None:
+            return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
+        self.sources.used.update(conversion.sources)
+        dtypes = {stored[name].dtype: None for name in conversion.sources}
+        final = self._final_dtype(target, tuple(dtypes))
+        size = sum(numel(stored[n].shape) * stored[n].dtype.itemsize for n in conversion.sources)
+        claim = claim_of(
+            target,
+            "loaded",
+            f"run {conversion.text}",
+            final,
+            sources=conversion.sources,
+            bytes=size,
+            cast=_cast(dtypes, final),
+        )
+        return TargetPlan(claim, final, conversion=conversion)
+
+    def _missing(self, target: Target, part: Cover | None) -> TargetPlan:
+        pattern = next((p.text for p in self.new if p.match(target.key) is not None), None)
+        if pattern is not None:
+            return self._unloaded(target, "initialized", f"init.new {pattern!r}")
+        if target.is_buffer and self.model.computed(target.key):
+            return self._unloaded(target, "initialized", "computed by the architecture")
+        if self.init.on_missing == "init":
+            return self._unloaded(target, "initialized", "init.on_missing=init")
+        if part is not None:
+            what = (
+                f"the checkpoint holds {part.covered:,} of the {numel(target.shape):,} elements of "
+                f"{target.key!r}, from {', '.join(map(repr, part.names[:3]))}."
+            )
+        else:
+            what = f"the checkpoint lacks {target.key!r} {shape_text(target.shape)}."
+            what += " " + suggestion(target.key, self.sources.unused())
+        return self._problem(
+            target,
+            "unclaimed",
+            what.strip(),
+            f"If it is new, name it in init.new or skip its prefix in {SKIP_LIST}; "
+            "init.on_missing=init accepts whatever is missing.",
+        )
+
+    def _mismatched(self, target: Target, cover: Cover) -> TargetPlan:
+        mismatch = cover.mismatch
+        if mismatch is None or mismatch.reason:
+            reason = mismatch.reason if mismatch else ""
+            return self._problem(target, "mismatch", f"{target.key}: {reason}", "")
+        stored, wanted = mismatch.stored, mismatch.wanted
+        text = f"stored as {shape_text(stored)}, but the model has {shape_text(wanted)}"
+        if self.init.on_mismatch == "init":
+            return self._unloaded(target, "initialized", f"init.on_mismatch=init: {text}")
+        rows_only = len(stored) == len(wanted) and stored[1:] == wanted[1:]
+        is_vocab = target.key in self.model.vocab_keys
+        if self.init.on_mismatch == "resize" and rows_only and is_vocab:
+            grows = wanted[0] > stored[0]
+            return self._loaded(target, [cover], f"resized: {text}", needs_init=grows)
+        return self._problem(
+            target,
+            "mismatch",
+            f"{target.key!r} is {text}.",
+            f"Set the field that sizes it to the checkpoint's value, skip its prefix in {SKIP_LIST}"
+            + (", set init.on_mismatch=resize," if rows_only and is_vocab else "")
+            + " or set init.on_mismatch=init.",
+        )
+
+    def _unloaded(self, target: Target, kind: ClaimKind, rule: str) -> TargetPlan:
+        final = self._final_dtype(target, (self._common or target.dtype,))
+        init = self.model.describe_init(target.key)
+        return TargetPlan(claim_of(target, kind, rule, final, init=init), final, needs_init=True)
+
+    def _problem(self, target: Target, kind: str, message: str, cure: str) -> TargetPlan:
+        self.problems.append(Problem(kind, target.key, message, cure))
+        return TargetPlan(claim_of(target, "problem", message, target.dtype), target.dtype)
+
+    def _final_dtype(self, target: Target, stored: Sequence[torch.dtype]) -> torch.dtype:
+        if not target.dtype.is_floating_point or self.dtype == "module":
+            return target.dtype
+        pinned = self.model.pinned_dtype(target.key)
+        if pinned is not None:
+            return pinned
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        final = stored[0] if stored else target.dtype
+        for other in stored[1:]:
+            final = torch.promote_types(final, other)
+        return final
+
+
+def claim_of(
+    target: Target,
+    kind: ClaimKind,
+    rule: str,
+    dtype: torch.dtype,
+    *,
+    sources: tuple[str, ...] = (),
+    bytes: int = 0,
+    cast: str | None = None,
+    init: str | None = None,
+) -> Claim:
+    name = dtype_name(dtype)
+    return Claim(target.key, target.shape, name, kind, rule, sources, bytes, cast, init)
+
+
+def _further_copies(covers: Sequence[Cover]) -> tuple[tuple[str, tuple[Copy, ...]], ...]:
+    """Stored duplicates of what the first cover loads, but for those that are the same bytes."""
+    found = dict(covers[0].others)
+    for cover in covers[1:]:
+        found |= {", ".join(cover.names): cover.copies, **cover.others}
+    return tuple((name, copies) for name, copies in found.items() if copies != covers[0].copies)
+
+
+def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """The floating dtype that most stored elements have; new parameters get it too."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in stored.values():
+        if tensor.kind == "weight" and tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + numel(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "floating"
+    return "complex" if dtype.is_complex else "integer"
+
+
+def _cast(stored: Iterable[torch.dtype], final: torch.dtype) -> str | None:
+    names = [dtype_name(dtype) for dtype in stored if dtype != final]
+    return f"{', '.join(names)} -> {dtype_name(final)}" if names else None
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: Dims) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
