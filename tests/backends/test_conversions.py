@@ -201,15 +201,14 @@ def test_experts_are_one_rule_for_all_layers_not_one_per_tensor(tmp_path):
 def test_a_missing_expert_leaves_its_place_empty_and_moves_no_other(tmp_path):
     expected = written(tmp_path, "MixtralForCausalLM").state_dict()
     stored = stored_in(tmp_path)
-    gone = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-    del stored[gone]
+    del stored["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
     names = backend.names(on_meta("MixtralForCausalLM"), shapes(stored))
+    assert not names.conversions
     key = "model.layers.1.mlp.experts.down_proj"
     found = execute(names, stored, expected)
-    assert torch.equal(
-        found["model.layers.0.mlp.experts.down_proj"], expected[key.replace("1", "0", 1)]
-    )
-    assert not torch.equal(found[key], expected[key])
+    assert found[key][2].isnan().all()
+    for expert in (0, 1, 3):
+        assert torch.equal(found[key][expert], expected[key][expert])
 
 
 def test_layouts_of_memory_that_were_stored_as_they_are_stay_as_they_are(tmp_path):
@@ -229,6 +228,35 @@ def test_a_body_saved_alone_is_renamed_like_the_whole_model(tmp_path):
     )
     key = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(found[key], expected.state_dict()[key])
+
+
+def test_tensors_that_are_not_counted_from_zero_are_taken_in_order(tmp_path):
+    model = written(tmp_path, "MixtralForCausalLM")
+
+    def shifted(key: str) -> str:
+        before, dot, after = key.partition(".experts.")
+        return f"{before}{dot}{int(after[0]) + 1}{after[1:]}" if dot else key
+
+    stored = {shifted(key): tensor for key, tensor in stored_in(tmp_path).items()}
+    names = backend.names(on_meta("MixtralForCausalLM"), shapes(stored))
+    assert not names.conversions
+    assert_same(model, execute(names, stored, model.state_dict()), model)
+
+
+def test_a_conversion_outside_of_any_layer_is_a_view_too(monkeypatch):
+    original = conversions._fresh
+    library = conversions.library
+    special = library.WeightConverter(
+        ["wte.old", "wte.new"], "model.embed_tokens.weight", [library.Concatenate(0)]
+    )
+    monkeypatch.setattr(conversions, "_fresh", lambda model: [special, *original(model)])
+    model = on_meta("GemmaForCausalLM")
+    stored = {"wte.old": torch.arange(480.0).view(30, 16), "wte.new": torch.ones(2, 16)}
+    names = backend.names(model, shapes(stored))
+    assert not names.conversions
+    live = {"model.embed_tokens.weight": torch.empty(32, 16)}
+    found = execute(names, stored, live)["model.embed_tokens.weight"]
+    assert torch.equal(found, torch.cat([stored["wte.old"], stored["wte.new"]]))
 
 
 def test_a_conversion_that_is_no_view_is_run_by_transformers(tmp_path, monkeypatch):

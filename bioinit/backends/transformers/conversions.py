@@ -95,6 +95,11 @@ class Library:
         """Whether renaming one key may depend on the keys before it."""
         return any(type(t) not in _STATELESS for t in self.transforms)
 
+    def matching(self, pattern: str) -> list[str]:
+        """The live keys that ``pattern`` matches."""
+        wanted = Pattern(pattern)
+        return [k for k in self.alike.get(_kind(pattern), ()) if wanted.match(k) is not None]
+
     def rename(self, key: str, known: Callable[[str], bool]) -> tuple[str, str | None]:
         """The live name and converter pattern of a stored ``key``, by transformers' own function.
 
@@ -235,7 +240,7 @@ def _views(table: Library, groups: list[Group]) -> tuple[list[Rule], list[Rule]]
             return None
         collected[pattern] = held
     live = groups[0].renamed.live
-    sample = next((k for k in table.alike[_kind(live)] if Pattern(live).match(k)), None)
+    sample = next(iter(table.matching(live)), None)
     if sample is None:
         return None
     try:
@@ -256,13 +261,11 @@ def _held(group: Group) -> Held | None:
         return symbol
     if len(extra) > 1:
         return None
-    counted = places.pop(extra[0])
-    segments = [key.split(".") for key in group.keys]
-    values = {s[counted] for s in segments}
-    layers = {tuple([s[i] for i in places]) for s in segments}
-    if values != {str(i) for i in range(len(values))} or len(segments) != len(values) * len(layers):
-        return None
-    return Many(symbol, len(values), extra[0])
+    counted = {key.split(".")[places[extra[0]]] for key in group.keys}
+    if "0" not in counted:
+        return None  # transformers takes them in order, whatever they are numbered
+    # A number that is absent leaves a gap for the plan to report; it moves no other.
+    return Many(symbol, 1 + max(map(int, counted)), extra[0])
 
 
 def _rules(
@@ -279,7 +282,7 @@ def _rules(
     memory: list[Rule] = []
     note = f"{', '.join(map(repr, converter.operations))} of transformers, as views"
     for target, symbol in targets.items():
-        shapes = {table.live[k] for k in table.alike[_kind(target)] if Pattern(target).match(k)}
+        shapes = {table.live[key] for key in table.matching(target)}
         if len(shapes) != 1:
             raise Inexpressible(f"the model has {len(shapes)} shapes of {target}")
         shape = shapes.pop()
