@@ -60,8 +60,10 @@ def save(
     with atomic_folder(path, overwrite=overwrite) as folder:
         backend.save(model, folder, max_shard_bytes)
         save_context(record, folder, origins)
-        for name in carried if source is not None else ():
-            _carry(source, name, folder)
+        if source is not None:
+            for name in carried:
+                file = source.file(name)
+                (folder / name).write_bytes(file.read(0, file.size))
         document = {**receipt, "files": list(_digests(folder))}
         (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
@@ -126,11 +128,6 @@ def verify(path: str | Path) -> list[dict[str, str]]:
             "Write the model again, or fetch it again from where it came."
         )
     return found
-
-
-def _carry(source: Folder, name: str, folder: Path) -> None:
-    file = source.file(name)
-    (folder / name).write_bytes(file.read(0, file.size))
 
 
 def _digests(folder: Path) -> Iterator[dict[str, Any]]:
