@@ -149,6 +149,11 @@ def _saved(context: Context | None) -> tuple[configs.SavedConfig, Context]:
             "there is none. Set model.initial_ckpt_path to a Hugging Face checkpoint, or use a "
             "recipe of a named family."
         )
+    if found.model is None:
+        raise ConfigError(
+            f"{found.where} names no model_type, so nobody can say what the model is. Use a recipe "
+            "of a named family, or add the model_type to the file."
+        )
     return configs.read(architectures.config_class(found.model), found.data), found
 
 

@@ -40,6 +40,16 @@ TRANSLATION = Translation(
         "pad_token_id": "pad_token_id",
     },
     only={"position_embedding_type": "absolute"},
+    idle=frozenset(
+        {
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        }
+    ),
 )
 
 
@@ -116,16 +126,24 @@ def _is_ours(context: Context) -> bool:
     return context.dialect == "bioinit" and str(context.model).startswith(f"{__name__}.")
 
 
-def _recognizes(context: Context) -> bool:
+def _hf(context: Context) -> Context | None:
+    """The ``config.json`` of a BERT; the first ones, BioBERT's among them, name no model type."""
     saved = of_dialect(context, "hf")
-    return _is_ours(context) or (saved is not None and saved.model == MODEL_TYPE)
+    if saved is None or saved.model not in (MODEL_TYPE, None):
+        return None
+    is_bert = saved.model == MODEL_TYPE or {"type_vocab_size", "num_hidden_layers"} <= {*saved.data}
+    return saved if is_bert else None
+
+
+def _recognizes(context: Context) -> bool:
+    return _is_ours(context) or _hf(context) is not None
 
 
 def _read_fields(context: Context) -> ReadFields:
     if _is_ours(context):
         return read_ours(context, BertConfig)
-    saved = of_dialect(context, "hf")
-    if saved is None or saved.model != MODEL_TYPE:
+    saved = _hf(context)
+    if saved is None:
         raise ConfigError(f"{context.where} describes a {context.model!r}, not a BERT model.")
     fields, fates = TRANSLATION.read(saved.data, saved.where)
     return ReadFields(fields, tuple(SourceField(*fate) for fate in fates))

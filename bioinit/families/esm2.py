@@ -41,6 +41,8 @@ TRANSLATION = Translation(
         "pad_token_id": "pad_token_id",
         "mask_token_id": "mask_token_id",
     },
+    only={"hidden_act": "gelu"},
+    idle=frozenset({"classifier_dropout", "cls_token_id"}),
     values={"position_embedding_type": {"rotary": "rope", "absolute": "learned_absolute"}},
 )
 

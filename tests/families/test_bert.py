@@ -106,6 +106,21 @@ def test_stored_tensors_land_where_from_pretrained_puts_them(fixtures_dir, layou
     assert all(torch.equal(found[k], v) for k, v in expected.items() if k not in tied)
 
 
+def test_the_first_berts_name_no_model_type_and_are_recognized(tmp_path):
+    first = {k: v for k, v in BERT.items() if k not in ("model_type", "architectures")}
+    saved = context(first | {"directionality": "bidi", "pooler_type": "first_token_transform"})
+    assert FAMILY.recognizes(saved) and families.find(saved, ()) == "bert"
+    fates = {f.name: f.fate for f in FAMILY.read_fields(saved).account}
+    assert fates["directionality"] == "carried"
+    with pytest.raises(ConfigError, match="names no model_type"):
+        families.load("auto").config_for(saved)
+
+
+def test_a_training_setting_in_an_old_config_is_left_behind():
+    account = FAMILY.read_fields(context(BERT | {"gradient_checkpointing": False})).account
+    assert {f.name: f.fate for f in account}["gradient_checkpointing"] == "ignored"
+
+
 def test_an_esm_checkpoint_is_not_taken_for_a_bert():
     assert not FAMILY.recognizes(context(BERT | {"model_type": "esm"}))
     assert families.find(context(BERT | {"model_type": "esm"}), ()) == "esm2"

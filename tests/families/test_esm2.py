@@ -113,6 +113,14 @@ def test_a_position_embedding_that_nobody_knows_is_refused():
         FAMILY.read_fields(context(ESM2 | {"position_embedding_type": "alibi"}))
 
 
+def test_the_config_that_the_published_models_have_leaves_nothing_unknown():
+    published = ESM2 | {"classifier_dropout": None, "hidden_act": "gelu", "cls_token_id": 0}
+    account = FAMILY.read_fields(context(published)).account
+    assert not [f.name for f in account if f.fate == "unknown"]
+    with pytest.raises(ConfigError, match="hidden_act='relu'"):
+        FAMILY.read_fields(context(ESM2 | {"hidden_act": "relu"}))
+
+
 def test_another_model_type_is_not_recognized():
     assert not FAMILY.recognizes(context(ESM2 | {"model_type": "bert"}))
     with pytest.raises(ConfigError, match="describes a 'bert'"):

@@ -27,6 +27,7 @@ DROPPED = {
     "torch_dtype": "every tensor says its own; placement.dtype changes it",
     "_name_or_path": "it says where the writer had read the model",
     "_commit_hash": "it says where the writer had read the model",
+    "gradient_checkpointing": "it says how the writer trained, not what the model is",
 }
 """Fields of a saved config that describe no model, and why they are left behind."""
 

@@ -38,13 +38,15 @@ class Translation:
     """Fields of ``config.json`` for ``model_type``, by our names.
 
     ``names`` maps theirs to ours. ``values`` gives, for a field of ours, our word for each of
-    theirs. ``only`` are undeclared fields with the one value that transformers still supports.
+    theirs. ``only`` are undeclared fields with the one value that transformers still supports,
+    ``idle`` undeclared ones that checkpoints have and no code reads.
     """
 
     model_type: str
     names: Mapping[str, str]
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
     def read(
         self, data: Mapping[str, Any], where: str
@@ -74,7 +76,9 @@ class Translation:
                 fates.append(Fate(name, "ignored", f"{data[name]!r} is the only kind there is"))
             elif name in saved.undeclared:
                 extra[name] = saved.undeclared[name]
-                fates.append(Fate(name, "unknown", f"{saved.cls.__name__} does not declare it"))
+                is_idle = name in self.idle
+                note = "no code reads it" if is_idle else f"not a field of {saved.cls.__name__}"
+                fates.append(Fate(name, "carried" if is_idle else "unknown", note))
             else:
                 for theirs in now:
                     if theirs not in self.names:
