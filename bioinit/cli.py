@@ -26,6 +26,7 @@ INTERRUPTED = 130
 STORAGE = 5
 USAGE = 2
 BUG = 1
+_FILES_SHOWN = 8
 
 _OVERRIDES = """\
 overrides:
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.path.append(os.getcwd())
         return _dispatch(arguments)
     except KeyboardInterrupt:
-        return _failed("interrupted: nothing was left under a final name", INTERRUPTED)
+        return _failed(
+            "interrupted: what was finished stays, what was half done is gone", INTERRUPTED
+        )
     except BrokenPipeError:
         # Whoever read our output has seen enough, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -280,8 +283,10 @@ def _inspect_lines(document: dict[str, Any]) -> Iterator[str]:
     yield f"tensors  {document['tensors']}, {human_bytes(document['bytes'])}"
     for name, counts in document["dtypes"].items():
         yield f"dtype    {name}: {counts['tensors']} tensors, {human_bytes(counts['bytes'])}"
-    for file in document["files"]:
+    for file in document["files"][:_FILES_SHOWN]:
         yield f"file     {file['path']}, {human_bytes(file['bytes'])}"
+    if len(document["files"]) > _FILES_SHOWN:
+        yield f"         and {len(document['files']) - _FILES_SHOWN} more; --json lists all"
     context = document["context"]
     if context is None:
         yield "context  none: nothing here says what model this is"
