@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from bioinit.version import __version__
 
 if TYPE_CHECKING:
-    from bioinit.config import InitPolicy, Output, Placement, Run, TrainableModelConfig
+    from bioinit.config import (
+        InitPolicy,
+        Output,
+        Placement,
+        Run,
+        TrainableModelConfig,
+        derived,
+        own,
+    )
     from bioinit.contexts import Checkpoint, load_context, open_checkpoint
     from bioinit.errors import (
         AmbiguousFormat,
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from bioinit.integrations import partial
     from bioinit.plan import LoadPlan
     from bioinit.recipe import compose
+    from bioinit.record import save_context
     from bioinit.report import LoadReport
 
 __all__ = [
@@ -62,18 +71,21 @@ __all__ = [
     "UnknownFormat",
     "__version__",
     "compose",
+    "derived",
     "initialize",
     "load_context",
     "load_weights",
     "open_checkpoint",
+    "own",
     "partial",
     "plan",
+    "save_context",
 ]
 
 _HOME = {
     name: f"bioinit.{room}"
     for room, names in {
-        "config": "InitPolicy Output Placement Run TrainableModelConfig",
+        "config": "InitPolicy Output Placement Run TrainableModelConfig derived own",
         "contexts": "Checkpoint load_context open_checkpoint",
         "errors": "AmbiguousFormat BioinitError CheckpointError ConfigError CorruptCheckpoint "
         "MappingError PlanError RefusedCheckpoint StorageError UnfinishedCheckpoint UnknownFormat",
@@ -81,6 +93,7 @@ _HOME = {
         "integrations": "partial",
         "plan": "LoadPlan",
         "recipe": "compose",
+        "record": "save_context",
         "report": "LoadReport",
     }.items()
     for name in names.split()

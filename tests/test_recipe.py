@@ -4,8 +4,10 @@ from pathlib import Path
 
 import fiddle as fdl
 import pytest
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
 from omegaconf import OmegaConf
 
 from bioinit import recipe
@@ -215,6 +217,14 @@ def test_exactly_one_recipe_is_named(words):
 def test_a_sweep_that_has_no_end_is_refused():
     with pytest.raises(ConfigError, match="Write the values"):
         recipe.jobs(["recipe=auto/as_saved", "init.seed=interval(0,1)"], multirun=True)
+
+
+def test_composing_leaves_a_hydra_application_as_it_was(tmp_path):
+    with initialize_config_dir(str(tmp_path), version_base="1.2", job_name="theirs"):
+        theirs = GlobalHydra.instance().hydra
+        assert recipe.compose_tree("auto/as_saved").tree == {"family": "auto"}
+        assert GlobalHydra.instance().hydra is theirs
+        assert str(VersionBase.instance().getbase()) == "1.2"
 
 
 def test_composing_leaves_hydra_as_it_was():

@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -201,11 +203,15 @@ def _escaped(text: str) -> str:
 
 @contextmanager
 def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
-    """Recipes as options of Hydra's group ``recipe``; a folder outside ``conf/`` cannot be one."""
+    """Recipes as options of Hydra's group ``recipe``, while it lasts.
+
+    A folder outside ``conf/`` cannot be a group. A person's own Hydra application, if this runs in
+    one, finds its Hydra as it was.
+    """
     documents = {f"recipe/{name}": document for name, document in sources.ours().items()}
     if recipe.is_own:
         documents[f"recipe/{_OWN}"] = sources.parse(recipe.path, recipe.name)
-    store = ConfigStore.instance()
+    store, base = ConfigStore.instance(), copy(VersionBase.instance())
     before = store.repo.pop("recipe", None)
     try:
         for option, document in documents.items():
@@ -219,6 +225,7 @@ def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
         store.repo.pop("recipe", None)
         if before is not None:
             store.repo["recipe"] = before
+        VersionBase.set_instance(base)
 
 
 @contextmanager
