@@ -12,7 +12,7 @@ knows. One best way is applied and said; two equally good ways are refused with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bioinit.errors import AmbiguousFormat
@@ -49,7 +49,7 @@ AS_STORED = Spelling({})
 
 
 def solve(
-    stored: Sequence[str], knows: Callable[[str], bool], model_keys: Iterable[str] = ()
+    stored: Sequence[str], knows: Callable[[str], bool], model_keys: Collection[str] = ()
 ) -> Spelling:
     """The one prefix change under which the model knows the most of the stored names.
 
@@ -61,6 +61,8 @@ def solve(
     Raises:
         AmbiguousFormat: two changes lead to different names and match equally many.
     """
+    if set(model_keys).issuperset(stored):
+        return AS_STORED
     unwraps = any(WRAPPERS.intersection(name.split(".")) for name in stored) and not any(
         WRAPPERS.intersection(key.split(".")) for key in model_keys
     )

@@ -30,6 +30,7 @@ from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
 from bioinit.record import build, make_record
 from bioinit.storage import File
+from bioinit.targets import describe
 from bioinit.version import __version__
 
 
@@ -82,11 +83,12 @@ def prepare_module(
     """Decide everything about loading into a module that exists already."""
     started = time.perf_counter()
     backend, own_names = families.of_module(module)
-    names, spelling = names_of_module(module, checkpoint, own_names, mapping)
+    targets = describe(module)
+    names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
     if own_names is None:
         backend = dataclasses.replace(backend, initialize=reset_parameters)
     planned = plan_load(
-        model_side(module, backend, None),
+        model_side(module, targets, backend, None),
         checkpoint.tensors,
         names,
         init=init,
@@ -121,10 +123,11 @@ def _decide(
         return family.build(config)
 
     module = backend.build(make)
-    names, spelling = names_of_family(family, config, module, checkpoint)
+    targets = describe(module)
+    names, spelling = names_of_family(family, config, module, targets, checkpoint)
     nothing = checkpoint is None
     planned = plan_load(
-        model_side(module, backend, run.placement.dtype),
+        model_side(module, targets, backend, run.placement.dtype),
         {} if checkpoint is None else checkpoint.tensors,
         names,
         init=dataclasses.replace(run.init, on_missing="init") if nothing else run.init,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ from bioinit.mapping import Names
 from bioinit.plan import Model
 from bioinit.prefixes import AS_STORED, Spelling, solve
 from bioinit.rules import rename
-from bioinit.targets import describe
+from bioinit.targets import Target
 
 NamesOf = Callable[[nn.Module, Mapping[str, Dims]], Names]
 
@@ -34,9 +35,13 @@ class _HasEmbeddings(Protocol):
     def get_output_embeddings(self) -> nn.Module | None: ...
 
 
-def model_side(module: nn.Module, backend: Backend, dtype: torch.dtype | None) -> Model:
-    """``module`` as planning sees it."""
-    targets = describe(module)
+def model_side(
+    module: nn.Module,
+    targets: Mapping[str, Target],
+    backend: Backend,
+    dtype: torch.dtype | None,
+) -> Model:
+    """``module``, described by ``targets``, as planning sees it."""
     float32 = backend.float32_keys(module, dtype) if dtype is not None else frozenset()
 
     def describe_init(key: str) -> str:
@@ -65,7 +70,11 @@ def _vocab_keys(module: nn.Module) -> Collection[str]:
 
 
 def names_of_family(
-    family: Family, config: TrainableModelConfig, module: nn.Module, checkpoint: Checkpoint | None
+    family: Family,
+    config: TrainableModelConfig,
+    module: nn.Module,
+    targets: Mapping[str, Target],
+    checkpoint: Checkpoint | None,
 ) -> tuple[Names, Spelling]:
     """The tables of a family for this checkpoint, and how its names are spelled."""
     if checkpoint is None:
@@ -74,6 +83,7 @@ def names_of_family(
     checkpoint.dialect = dialect or "hf"
     return _names(
         module,
+        targets,
         checkpoint,
         lambda live, shapes: family.names(config, live, dialect or "hf", shapes),
     )
@@ -81,6 +91,7 @@ def names_of_family(
 
 def names_of_module(
     module: nn.Module,
+    targets: Mapping[str, Target],
     checkpoint: Checkpoint,
     own_names: NamesOf | None,
     mapping: Mapping[str, str] | NameMapping | None,
@@ -94,13 +105,15 @@ def names_of_module(
         )
         return Names(disk, NameMapping.identity()), AS_STORED
     identity = Names(NameMapping.identity(), NameMapping.identity())
-    return _names(module, checkpoint, own_names or (lambda live, shapes: identity))
+    return _names(module, targets, checkpoint, own_names or (lambda live, shapes: identity))
 
 
-def _names(module: nn.Module, checkpoint: Checkpoint, names_of: NamesOf) -> tuple[Names, Spelling]:
+def _names(
+    module: nn.Module, targets: Mapping[str, Target], checkpoint: Checkpoint, names_of: NamesOf
+) -> tuple[Names, Spelling]:
     """Solve wrapper prefixes first, then ask for the tables of the names as they are spelled."""
     weights = [name for name, tensor in checkpoint.tensors.items() if tensor.kind == "weight"]
-    keys = [target.key for target in describe(module).values() if target.persistent]
+    keys = [key for key, target in targets.items() if target.persistent]
     as_stored = {name: checkpoint.tensors[name].shape for name in weights}
     first = names_of(module, as_stored)
     spelling = solve(weights, _Wanted(first, keys), keys)
@@ -117,14 +130,21 @@ class _Wanted:
     """
 
     def __init__(self, names: Names, keys: Collection[str]) -> None:
-        self._disk = names.disk
-        self._keys = set(map(template, keys))
-        kinds = {template(key): key for key in keys}
-        self._canonical = {c for key in kinds.values() for c in _canonical(names.memory, key)}
+        self._names = names
+        self._live = keys
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {template(key): key for key in self._live}
+
+    @cached_property
+    def _wanted(self) -> set[str]:
+        memory = self._names.memory
+        return {found for key in self._keys.values() for found in _canonical(memory, key)}
 
     def __call__(self, name: str) -> bool:
         return template(name) in self._keys or any(
-            canonical in self._canonical for canonical in _canonical(self._disk, name)
+            found in self._wanted for found in _canonical(self._names.disk, name)
         )
 
 

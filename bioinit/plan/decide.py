@@ -48,6 +48,12 @@ class Decisions:
             return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
         if conversion is not None:
             return self._converted(target, conversion)
+        if len(spellings) == 1:
+            cover = self.sources.cover(target, target.key)
+            if cover is None:
+                return self._missing(target, None)
+            if cover.names and cover.mismatch is None and cover.covered == numel(target.shape):
+                return self._loaded(target, (cover,))
         covers = [c for c in (self.sources.cover(target, key) for key in spellings) if c]
         if any(cover.mismatch is not None for cover in covers):
             return self._mismatched(
