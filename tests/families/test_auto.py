@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from bioinit import families  # noqa: E402
+from bioinit.backends.transformers.architectures import make_config  # noqa: E402
 from bioinit.contexts.protocol import Context  # noqa: E402
 from bioinit.errors import ConfigError  # noqa: E402
 from bioinit.families.auto import FAMILY  # noqa: E402
@@ -128,6 +129,27 @@ def test_what_a_class_keeps_without_declaring_it_is_a_field_too():
     config = config_of(data)
     assert config.my_lab_marker == (1, 2)
     assert FAMILY.write_fields(config)["my_lab_marker"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "glm4_moe",  # declares a field and its alias
+        "qwen3_vl_moe_text",  # declares an alias of what is not declared
+        "upernet",  # a backbone with properties for fields
+        "mamba2",  # infinity in a config
+        "falcon",
+        "gemma3n",
+    ],
+)
+def test_configs_of_every_make_come_back_equal(model_type):
+    cls = transformers.CONFIG_MAPPING[model_type]
+    data = json.loads(cls().to_json_string())
+    config = config_of(data)
+    plain = {k: v for k, v in cls._decode_special_floats(data).items() if k != "model_type"}
+    expected, found = cls(**plain).to_dict(), make_config(cls, config.hf_fields()).to_dict()
+    changed = {k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)}
+    assert not changed
 
 
 def test_an_unknown_override_is_refused_with_the_closest_name():

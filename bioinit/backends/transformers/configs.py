@@ -85,19 +85,25 @@ def declared(cls: Any) -> tuple[Declared, ...]:
     except ConfigError:  # a few classes cannot be made of their defaults
         usual = None
     found = []
-    for field in dataclasses.fields(cls):
-        if field.name in DROPPED:
+    fields = dataclasses.fields(cls)
+    names = {field.name for field in fields}
+    for field in fields:
+        # A class may declare a field and its alias; values are kept under one name only.
+        if field.name in DROPPED or cls.attribute_map.get(field.name) in names:
             continue
+        # Behind a property stands a field with an underscore; files and people use the property.
+        public = field.name.removeprefix("_")
+        name = public if isinstance(getattr(cls, public, None), property) else field.name
         default = field.default
         if default is dataclasses.MISSING:
             factory: Any = field.default_factory
             default = None if factory is dataclasses.MISSING else factory()
         computed = (
             default is None
-            and field.name not in (*cls.sub_configs, "id2label", "label2id")
-            and getattr(usual, field.name, None) is not None
+            and name not in (*cls.sub_configs, "id2label", "label2id")
+            and getattr(usual, name, None) is not None
         )
-        found.append(Declared(field.name, _annotation(field.type), plain(default), computed))
+        found.append(Declared(name, _annotation(field.type), plain(default), computed))
     return tuple(found)
 
 
@@ -144,6 +150,10 @@ def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
         if isinstance(value := getattr(made, name, None), backend.library().PreTrainedConfig)
     }
     values = {key: plain(value) for key, value in made.to_dict().items() if key not in nested}
+    values |= {n: plain(getattr(made, n, None)) for n in names - values.keys() - nested.keys()}
+    # A declared field may itself be the alias of a name that is not declared.
+    aliases = {target: alias for alias, target in cls.attribute_map.items() if alias in names}
+    aliases |= cls.attribute_map
     became: dict[str, tuple[str, ...] | str] = {}
     undeclared: dict[str, Any] = {}
     for name in given:
@@ -151,8 +161,8 @@ def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
             became[name] = DROPPED.get(name, _CLASS)
         elif name in names or name in nested:
             became[name] = (name,)
-        elif cls.attribute_map.get(name) in names:
-            became[name] = (cls.attribute_map[name],)
+        elif aliases.get(name) in names:
+            became[name] = (aliases[name],)
         else:
             changed, is_kept = _influence(cls, given, name, names)
             if changed:
@@ -172,7 +182,7 @@ def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
 def _influence(
     cls: Any, given: Mapping[str, Any], name: str, names: set[str]
 ) -> tuple[tuple[str, ...], bool]:
-    """The fields that an undeclared ``name`` changes, and whether the class keeps it as it is."""
+    """The declared fields that an undeclared ``name`` changes, and whether the class keeps it."""
     inner = {k for k in cls.sub_configs if isinstance(given.get(k), Mapping)}
     alone = {k: v for k, v in given.items() if k not in inner}
     with_it = make_config(cls, alone).to_dict()
@@ -180,7 +190,7 @@ def _influence(
     changed = tuple(sorted(k for k in names if with_it.get(k) != without.get(k)))
     if not changed and _RENAMED.get(name) in names:
         changed = (_RENAMED[name],)
-    return changed, name in with_it and name not in without
+    return changed, name in with_it
 
 
 def written(config: Any) -> dict[str, Any]:
