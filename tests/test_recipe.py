@@ -123,6 +123,12 @@ def test_a_recipe_that_is_not_there_is_named_with_its_cure(own, name, error, cur
         ("a: [1\n", "not valid YAML"),
         ("defaults: [/model: esm2_9m]\nfamily: esm2\n", "override /model"),
         ("family: auto\noutput_dir: ${nobody}\n", "nobody"),
+        ("family: auto\ndefaults: 3\n", "defaults must be a list"),
+        ("family: auto\n1: 2\n", "1 cannot be the name"),
+        ("family: auto\ninit: {on: 2}\n", "True cannot be the name"),
+        ("family: auto\nhydra: {run: {dir: x}}\n", "no effect"),
+        ("a: &x [*x]\n", "refers to itself"),
+        ("family: auto\nmodel: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
 def test_a_broken_recipe_file_is_one_message(own, text, said):
@@ -266,9 +272,22 @@ def test_several_mistakes_are_reported_at_once():
     assert "num_layers" in str(raised.value) and "seed" in str(raised.value)
 
 
-def test_a_recipe_without_a_family_says_so(own):
-    with pytest.raises(ConfigError, match="neither a family nor a config class"):
-        recipe.compose(own("model:\n  num_labels: 3\n"))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {num_labels: 3}\n", "names neither a family"),
+        ("family: 3\n", "names neither a family"),
+        ("family: esm3\n", "esm2"),
+        ("family: esm2\nmodel: esm2_8m\n", "not a mapping"),
+        ("family: esm2\ninit: 3\n", "init"),
+        ("family: esm2\nmodel: {num_layers: many}\n", "./mine.yaml:2"),
+        ("family: auto\noutput_dir: [a]\n", "./mine.yaml:2"),
+    ],
+)
+def test_a_recipe_that_is_no_run_is_one_message(own, text, said):
+    with pytest.raises(ConfigError) as raised:
+        recipe.compose(own(text))
+    assert said in str(raised.value)
 
 
 OWN_CLASS = """

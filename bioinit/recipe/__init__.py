@@ -98,19 +98,23 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _model(
-    recipe: str, family: str | None, written: dict[str, Any], origins: dict[str, Origin]
-) -> Any:
+def _model(recipe: str, family: Any, written: Any, origins: dict[str, Origin]) -> Any:
     """The record of the model's config; plain fields where the checkpoint decides its class."""
     from bioinit import families
 
+    if not isinstance(written, dict):
+        raise ConfigError(
+            f"recipe {recipe}: model is {written!r}, not a mapping of fields. Write them below it, "
+            "as in model: {num_labels: 3}; a preset is chosen in the defaults list."
+        )
     target = written.pop("_target_", None)
     if target is not None:
         cls: type[TrainableModelConfig] | None = _class_named(target, origins)
-    elif family is None:
+    elif not isinstance(family, str):
         raise ConfigError(
-            f"recipe {recipe} names neither a family nor a config class. Write family: NAME, one "
-            f"of {', '.join(families.names())}; or model._target_: mypackage.MyConfig."
+            f"recipe {recipe} names neither a family (it has {family!r}) nor a config class. Write "
+            f"family: NAME, one of {', '.join(families.names())}; or, for a class of your own, "
+            "model._target_: mypackage.MyConfig."
         )
     else:
         cls = families.load(family).config
@@ -167,7 +171,19 @@ def compose_tree(name: str, overrides: Sequence[str] = ()) -> Composed:
             text = text.replace(token, path)
         return text
 
+    _check_names(recipe, tree)
     return Composed(_each_text(tree, spell_out), _origins(merged, documents, recipe, words))
+
+
+def _check_names(recipe: Source, tree: dict[Any, Any]) -> None:
+    """Keys of a recipe and of its sections are names; deeper ones (id2label) may be numbers."""
+    sections = [part for part in tree.values() if isinstance(part, dict)]
+    wrong = [key for part in (tree, *sections) for key in part if not isinstance(key, str)]
+    if wrong:
+        raise ConfigError(
+            f"recipe {recipe.name}: {', '.join(map(repr, wrong))} cannot be the name of a field. "
+            "Write names as text; quote one that YAML reads as a number or a truth value."
+        )
 
 
 def _option(recipe: Source) -> str:
@@ -212,6 +228,7 @@ def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
     if recipe.is_own:
         documents[f"recipe/{_OWN}"] = sources.parse(recipe.path, recipe.name)
     store, base = ConfigStore.instance(), copy(VersionBase.instance())
+    theirs, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     before = store.repo.pop("recipe", None)
     try:
         for option, document in documents.items():
@@ -225,6 +242,7 @@ def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
         store.repo.pop("recipe", None)
         if before is not None:
             store.repo["recipe"] = before
+        GlobalHydra.instance().hydra = theirs
         VersionBase.set_instance(base)
 
 
@@ -232,7 +250,7 @@ def _registered(recipe: Source) -> Iterator[dict[str, Document]]:
 def _as_config_errors(recipe: Source) -> Iterator[None]:
     try:
         yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         cause = error.__cause__ if str(error) in ("", "None") and error.__cause__ else error
         reason = str(cause).strip().replace(f"'recipe/{_OWN}'", recipe.name)
         reason = reason.replace(f"'{_ROOT}'", "the run")

@@ -94,12 +94,20 @@ def parse(path: Path, shown: str) -> Document:
     try:
         tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise ConfigError(f"{shown} refers to itself without end. Write its aliases out.") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{shown} is not valid YAML: {error}") from None
+        reason = "an alias refers to itself" if "recursion" in str(error) else error
+        raise ConfigError(f"{shown} is not valid YAML: {reason}") from None
     if not isinstance(tree, DictConfig) or not isinstance(root, yaml.MappingNode | None):
         raise ConfigError(
             f"{shown} holds no keys. A recipe is a YAML mapping: family, model, init, placement, "
             "output, output_dir."
+        )
+    if "hydra" in tree:
+        raise ConfigError(
+            f"{shown} sets hydra: recipes are only composed by Hydra, so its own settings have no "
+            "effect. Remove them; output_dir says where results go."
         )
     return Document(tree, dict(_lines(root, "")) if root is not None else {})
 
