@@ -116,6 +116,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module("bioinit.integrations")
     if name not in _HOME:
         raise AttributeError(f"module 'bioinit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -307,9 +307,11 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from bioinit.save import verify
 
-    changes = verify(arguments.directory)
+    files = verify(arguments.directory)
     if arguments.json:
-        _print_json(changes)
+        _print_json(files)
+    else:
+        print(f"{arguments.directory} is what its receipt says: {len(files)} files unchanged")
     return 0
 
 

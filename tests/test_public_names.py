@@ -66,6 +66,13 @@ def test_a_room_of_the_same_name_does_not_hide_the_function(name):
     assert callable(getattr(bioinit, name))
 
 
+def test_integrations_are_there_when_asked_for():
+    statement = "import bioinit; bioinit.integrations.nemo_run.partial"
+    assert "nemo_run" not in modules_after(statement)
+    with pytest.raises(AttributeError, match="no attribute 'slurm'"):
+        bioinit.integrations.slurm  # noqa: B018
+
+
 def test_importing_the_package_imports_nothing_heavy():
     assert not modules_after("import bioinit") & HEAVY
 

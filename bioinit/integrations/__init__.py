@@ -10,7 +10,10 @@ lost on the way, and paths would be judged on the wrong machine.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
+from types import ModuleType
 
 import fiddle as fdl
 
@@ -18,6 +21,13 @@ from bioinit.initialize import Initialized, initialize
 from bioinit.recipe import compose
 
 __all__ = ["partial", "run_recipe"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A sibling, imported when it is asked for: ``bioinit.integrations.nemo_run``."""
+    if name not in {module.name for module in pkgutil.iter_modules(__path__)}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> Initialized:
