@@ -124,7 +124,9 @@ def test_what_no_run_can_mean_is_refused(tree: dict[str, Any], says: str) -> Non
     ],
 )
 def test_what_is_not_supported_yet_says_so(section: str, name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name}=.*not supported yet.*Leave {section}.{name} out"):
+    with pytest.raises(
+        ConfigError, match=f"{name}=.*not supported yet.*Leave {section}.{name} out"
+    ):
         build(make_record(Run, {section: {name: value}}))
 
 

@@ -79,7 +79,7 @@ def test_a_model_starts_from_the_fixtures_of_the_original_software(
     io = {k: torch.from_numpy(v) for k, v in np.load(folder / "io.npz").items()}
     assert torch.allclose(logits(done.model, io), io["logits"], atol=1e-5, rtol=0)
     expected = json.loads((folder / "expected.json").read_text())["tensors"]
-    # A .bin has the older spelling of the same tensors, and what was loaded is written back as such.
+    # A .bin has the older spelling of the same tensors, and is written back in it.
     spellings = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     for key in tuple(expected):
         for new, old in spellings.items():
