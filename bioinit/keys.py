@@ -23,7 +23,6 @@ from bioinit.errors import ConfigError, MappingError
 
 _TOKEN = re.compile(r"\\\*|\*\*|\*")
 _REGEX_OF = {"*": r"([^.]+)", "**": r"(.+)", r"\*": r"\*"}
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,27 @@ class Pattern:
         found = self._regex.fullmatch(key)
         return found.groups() if found else None
 
+    @cached_property
+    def _literals(self) -> tuple[str, ...]:
+        """The text around the wildcards, escaped stars as plain ones."""
+        found, end = [""], 0
+        for token in _TOKEN.finditer(self.text):
+            found[-1] += self.text[end : token.start()]
+            end = token.end()
+            if token.group() == r"\*":
+                found[-1] += "*"
+            else:
+                found.append("")
+        found[-1] += self.text[end:]
+        return tuple(found)
+
     def spell(self, captures: tuple[str, ...]) -> str:
         """The key that has ``captures`` in the place of the wildcards, left to right."""
-        remaining = iter(captures)
-        return _TOKEN.sub(lambda t: "*" if t.group() == r"\*" else next(remaining), self.text)
+        literals = self._literals
+        text = literals[0]
+        for capture, literal in zip(captures, literals[1:], strict=True):
+            text += capture + literal
+        return text
 
     def rename(self, key: str, *, to: Pattern) -> str | None:
         """Spell ``key`` the way ``to`` does, or None if it is not ours to rename.
@@ -106,12 +122,14 @@ def template(key: str) -> str:
     >>> template("layers.3.experts.12.w1"), template("attn.*.inv_freq")
     ('layers.*.experts.*.w1', 'attn.\\*.inv_freq')
     """
-    return _NUMBER.sub("*", escape(key) if "*" in key else key)
+    if "*" in key:
+        key = escape(key)
+    return ".".join(["*" if part.isdecimal() else part for part in key.split(".")])
 
 
 def numbers(key: str) -> tuple[str, ...]:
     """The numeric segments of ``key``, which are the captures of its :func:`template`."""
-    return tuple(_NUMBER.findall(key))
+    return tuple([part for part in key.split(".") if part.isdecimal()])
 
 
 def natural(key: str) -> tuple[tuple[int, int, str], ...]:

@@ -88,6 +88,7 @@ class Sources:
         self._sources: dict[str, list[Source]] = {}
         self._extents: dict[str, Dims] = {}
         self._runs: dict[Box, Overlap | None] = {}
+        self._shared: dict[tuple[Box, Dims, Dims, Dims], Overlap | None] = {}
         self._skip_by_canonical: dict[str, str] = {}
         converted = {name for c in names.conversions for name in c.sources}
         for name, tensor in stored.items():
@@ -144,7 +145,7 @@ class Sources:
                     continue
             first = sources[0].name if sources else ""
             for source in sources:
-                overlap = intersect(source.box, box)
+                overlap = self._overlap(source.box, box)
                 if overlap is None and numel(target.shape):
                     continue
                 names[source.name] = None
@@ -167,6 +168,17 @@ class Sources:
             mismatch,
             skipped,
         )
+
+    def _overlap(self, source: Box, target: Box) -> Overlap | None:
+        """What two boxes share. The experts of a layer differ in where they start alone."""
+        offsets, sizes, start, strides = target
+        shape = (source, offsets, sizes, strides)
+        if shape not in self._shared:
+            self._shared[shape] = intersect(source, Box(offsets, sizes, 0, strides))
+        found = self._shared[shape]
+        if found is None or not start:
+            return found
+        return Overlap(found[0], found[1], found[2], found[3] + start, found[4])
 
     def _whole(self, canonical: str, box: Box) -> Cover | None:
         """The usual case at a tenth of the cost: one source, and its box is the target's."""
@@ -196,7 +208,9 @@ class Sources:
 
 def _extend(extents: dict[str, Dims], key: str, box: Box) -> None:
     """Grow the known shape of a canonical tensor so that it holds ``box``."""
-    extent = tuple(map(int.__add__, box.offsets, box.sizes))
+    offsets, extent, _, _ = box
+    if any(offsets):
+        extent = tuple(map(int.__add__, offsets, extent))
     known = extents.get(key)
     if known is None:
         extents[key] = extent
