@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from proteins import RESIDUES, make
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer
 
@@ -37,7 +38,6 @@ def config() -> EsmConfig:
         vocab_size=len(ALPHABET),
         mask_token_id=MASK,
         pad_token_id=PAD,
-        cls_token_id=CLS,
         eos_token_id=EOS,
         hidden_size=96,
         num_hidden_layers=3,
@@ -119,10 +119,28 @@ def unigram_loss() -> float:
     return float(-(odds * odds.log()).sum())
 
 
+def hub_state(model: EsmForMaskedLM) -> dict[str, Tensor]:
+    """The weights under the names that ESM-2 has on the hub.
+
+    transformers 5 keeps one rotary table where the hub has one per layer, and would itself write
+    older names (gamma, beta) for a model that it has not read from a file.
+    """
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    del state["lm_head.decoder.weight"]  # tied to the embedding
+    table = state.pop("esm.rotary_embeddings.inv_freq")
+    for layer in range(model.config.num_hidden_layers):
+        at = f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"
+        state[at] = table.clone()
+    return state
+
+
 def save(model: EsmForMaskedLM, out: Path) -> None:
     """Write config, weights and tokenizer files."""
     out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
+    model.config.architectures = ["EsmForMaskedLM"]
+    model.config.dtype = "float32"
+    model.config.save_pretrained(out)
+    save_file(hub_state(model), out / "model.safetensors", metadata={"format": "pt"})
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.txt"
         vocabulary.write_text("\n".join(ALPHABET), encoding="utf-8")

@@ -71,7 +71,7 @@ def fine_tune(
 ) -> tuple[list[tuple[int, float]], float]:
     """Train on the few labels; return the held-out loss by step and the last accuracy."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01)
     loss, accuracy = held_out_loss(model, held_out)
     curve = [(0, loss)]
     for step in range(1, steps + 1):
@@ -81,7 +81,7 @@ def fine_tune(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % max(1, steps // 24) == 0:
+        if step % max(1, steps // 20) == 0:
             loss, accuracy = held_out_loss(model, held_out)
             curve.append((step, loss))
     return curve, accuracy
@@ -112,7 +112,7 @@ def receipt_lines(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--labelled", type=int, default=48)
     parser.add_argument("--out", type=Path, default=HERE.parent / "demo-out")
     arguments = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
 
     print("== Start from demo/esm2_tiny with a new head\n")
     done = start(arguments.out / "pretrained")
-    print(done.plan)
+    print(done.plan.render())
     done.report.raise_for_problems()
     print("\n== Receipt\n")
     print(receipt_lines(arguments.out / "pretrained" / "receipt.json"))
