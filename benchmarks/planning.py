@@ -74,6 +74,9 @@ def plan_once(name: str, folder: str, warm_up: str) -> dict[str, object]:
     importlib.import_module(MODELING[name])
     import bioinit
 
+    for public in bioinit.__all__:
+        getattr(bioinit, public)  # its rooms are imported when first asked for
+
     def plan(path: str) -> object:
         return bioinit.plan(bioinit.compose("auto/as_saved", [f"model.initial_ckpt_path={path}"]))
 

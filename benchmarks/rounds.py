@@ -183,7 +183,7 @@ def check(run: Run, measured: Callable[[], dict[str, object]]) -> None:
 def alternate(runs: Sequence[Run], rounds: int, pool: Pool, say: Callable[[str], None]) -> None:
     """Check every run, then time each once per round, starting each round with another one."""
     for run in runs:
-        check(run, lambda run=run: start(run, pool, check=True))
+        check(run, lambda run=run: start(run, Pool(0), check=True))
         say(f"  checked {run.label}: {run.error or 'equal'}")
     alive = [run for run in runs if run.error is None]
     for number in range(rounds):
