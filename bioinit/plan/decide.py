@@ -102,12 +102,15 @@ class Decisions:
         return TargetPlan(claim, final, copies, equal, None, needs_init)
 
     def _rule_text(self, key: str, name: str) -> str:
-        """What the rules on both sides do, once each; ``copy`` if nothing."""
-        disk = self.names.disk.rule_for(self.sources.spelled(name))
-        memory = self.names.memory.rule_for(key)
-        if disk is memory or memory is None:
+        """What happens between the stored name and the live key; ``copy`` if nothing does."""
+        spelled = self.sources.spelled(name)
+        disk, memory = self.names.disk.rule_for(spelled), self.names.memory.rule_for(key)
+        if disk is None or memory is None or disk is memory:
             return "copy" if disk is None else disk.text
-        texts = [rule.text for rule in (disk, memory) if rule is not None and rule.text != "copy"]
+        if disk.parts == memory.parts:  # the same view on both sides: only the names can differ
+            same = disk.pattern_text == memory.pattern_text
+            return "copy" if same else f"rename {disk.pattern_text} -> {memory.pattern_text}"
+        texts = [rule.text for rule in (disk, memory) if rule.text != "copy"]
         return "; ".join(dict.fromkeys(texts)) or "copy"
 
     def _wrong_kind(self, target: Target, name: str, dtype: torch.dtype) -> TargetPlan:
