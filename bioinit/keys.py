@@ -127,6 +127,15 @@ def template(key: str) -> str:
     return ".".join(["*" if part.isdecimal() else part for part in key.split(".")])
 
 
+def loosened(pattern: str) -> str:
+    """``pattern`` with each purely numeric segment as a wildcard too.
+
+    >>> loosened("blocks.*.0.weight")
+    'blocks.*.*.weight'
+    """
+    return ".".join(["*" if part.isdecimal() else part for part in pattern.split(".")])
+
+
 def numbers(key: str) -> tuple[str, ...]:
     """The numeric segments of ``key``, which are the captures of its :func:`template`."""
     return tuple([part for part in key.split(".") if part.isdecimal()])

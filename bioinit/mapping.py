@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from bioinit.keys import Pattern, numbers, template
+from bioinit.keys import Pattern, loosened, numbers, template
 from bioinit.layout import Box
 from bioinit.rules import Rule, rename
 
@@ -32,7 +32,7 @@ class Mapping:
         self.rules = tuple(rules)
         # Patterns that name a number tell keys of one template apart, so those are not remembered.
         self._numbered = [
-            Pattern(template(r.pattern_text)) for r in self.rules if numbers(r.pattern_text)
+            Pattern(loosened(r.pattern_text)) for r in self.rules if numbers(r.pattern_text)
         ]
         self._by_template: dict[str, Rule | None] = {}
         first = self.rules[0] if self.rules else None

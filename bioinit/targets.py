@@ -61,6 +61,17 @@ def slots(root: nn.Module) -> Iterator[Slot]:
         pending.extend(reversed(children))
 
 
+def held_strides(tensor: torch.Tensor) -> Dims:
+    """The strides of ``tensor``, or those that it will have once it gets memory.
+
+    A dense layout is kept (a transposed weight, channels last); one with holes or overlaps becomes
+    row-major.
+    """
+    if tensor.is_meta and not tensor.is_contiguous():
+        return tuple(torch.empty_like(tensor).stride())
+    return tuple(tensor.stride())
+
+
 def describe(root: nn.Module) -> dict[str, Target]:
     """The targets of ``root`` by state-dict key, non-persistent buffers included.
 
@@ -78,9 +89,9 @@ def describe(root: nn.Module) -> dict[str, Target]:
                 "Load first, then shard."
             )
         shape = tuple(tensor.shape)
-        layout = (shape, tensor.stride())
+        layout = (shape, held_strides(tensor))
         if layout not in boxes:
-            boxes[layout] = (Box((0,) * len(shape), shape, 0, tensor.stride()),)
+            boxes[layout] = (Box((0,) * len(shape), shape, 0, layout[1]),)
         # Two parameters over one memory are one target; on meta only identity can tell.
         memory = id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), layout)
         owner = owners.setdefault(memory, slot.key)

@@ -80,13 +80,32 @@ def test_a_cast_on_the_way_is_the_cast_torch_makes(stored, dtype):
         assert_holds(model, state, dtype)
 
 
-def test_a_parameter_that_is_not_contiguous_is_filled_too(stored):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_parameter_that_is_not_contiguous_is_filled_too(stored, device):
     path, state = stored
-    model = Small()
-    model.wide.weight = nn.Parameter(torch.zeros(6, 300_000).t())
+    model = on_meta() if device == "meta" else Small()
+    model.wide.weight = nn.Parameter(torch.zeros(6, 300_000, device=device).t())
     assert not model.wide.weight.is_contiguous()
     bioinit.load_weights(model, path)
     assert_holds(model, state)
+    assert model.wide.weight.stride() == (1, 300_000)
+
+
+def test_channels_last_on_meta_keeps_its_layout_and_its_values(tmp_path):
+    weight = torch.randn(4, 3, 5, 5)
+    save_file({"weight": weight, "bias": torch.zeros(4)}, tmp_path / "conv.safetensors")
+    conv = nn.Conv2d(3, 4, 5, device="meta").to(memory_format=torch.channels_last)
+    bioinit.load_weights(conv, tmp_path / "conv.safetensors")
+    assert torch.equal(conv.weight, weight)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_memory_with_overlaps_is_given_a_layout_of_its_own(tmp_path):
+    save_file({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "w.safetensors")
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(3, device="meta").expand(2, 3))
+    bioinit.load_weights(module, tmp_path / "w.safetensors")
+    assert torch.equal(module.w, torch.arange(6.0).reshape(2, 3))
 
 
 def test_stored_views_come_out_right(tmp_path):
@@ -173,8 +192,10 @@ def test_tied_copies_that_differ_are_a_problem(stored, tmp_path):
     _, state = stored
     other = state["embed.weight"] + 1
     save_file({**state, "head.weight": other}, tmp_path / "t.safetensors")
+    model = on_meta()
     with pytest.raises(PlanError, match="copies differ"):
-        bioinit.load_weights(on_meta(), tmp_path / "t.safetensors")
+        bioinit.load_weights(model, tmp_path / "t.safetensors")
+    assert all(p.is_meta for p in model.parameters())
     save_file({**state, "head.weight": state["embed.weight"].clone()}, tmp_path / "s.safetensors")
     bioinit.load_weights(on_meta(), tmp_path / "s.safetensors")
 
@@ -186,8 +207,13 @@ def test_values_that_are_not_finite_are_found_if_asked(stored, tmp_path, value):
     poisoned["wide.weight"][299_999, 5] = value
     save_file(poisoned, tmp_path / "p.safetensors")
     bioinit.load_weights(on_meta(), tmp_path / "p.safetensors")
+    model = on_meta()
     with pytest.raises(PlanError, match=r"wide\.weight.*NaN or Inf"):
-        bioinit.load_weights(on_meta(), tmp_path / "p.safetensors", check_finite=True)
+        bioinit.load_weights(model, tmp_path / "p.safetensors", check_finite=True)
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(PlanError) as caught:
+        bioinit.load_weights(Small(), tmp_path / "p.safetensors", check_finite=True)
+    assert "not as it was" in caught.value.__notes__[0]
 
 
 def broken(path, tmp_path):
@@ -254,6 +280,7 @@ def test_a_buffer_nobody_can_compute_is_a_problem_not_left_over_memory(stored):
     model.head.weight = model.embed.weight
     with pytest.raises(PlanError, match="'scale'"):
         bioinit.load_weights(model, path)
+    assert model.embed.weight.is_meta
 
 
 def test_patterns_decide_what_is_trained(stored):
@@ -268,6 +295,35 @@ def test_patterns_decide_what_is_trained(stored):
         "embed.weight",  # tied to head.weight, which a pattern names
     }
     assert report.trainable == 3 * 42 + 11 + 66
+
+
+def test_freezing_one_parameter_thaws_no_other(stored):
+    model = on_meta()
+    model.wide.weight.requires_grad_(False)
+    bioinit.load_weights(model, stored[0], frozen=("head.bias",))
+    assert not model.wide.weight.requires_grad and not model.head.bias.requires_grad
+    assert model.embed.weight.requires_grad
+
+
+def test_cures_speak_the_words_of_the_call(stored):
+    with pytest.raises(PlanError) as caught:
+        bioinit.load_weights(on_meta(), stored[0], skip_prefixes=("hed",))
+    [problem] = caught.value.problems
+    assert "skip_prefixes" in problem.cure and "init." not in problem.cure
+
+
+def test_one_text_for_the_prefixes_is_an_error(stored):
+    with pytest.raises(ConfigError, match="letters"):
+        bioinit.load_weights(on_meta(), stored[0], skip_prefixes="head")
+
+
+def test_names_outside_the_mapping_stay_as_they_are(stored, tmp_path):
+    _, state = stored
+    renamed = {k.replace("layers.", "blocks."): v for k, v in state.items()}
+    save_file(renamed, tmp_path / "partly.safetensors")
+    model = on_meta()
+    bioinit.load_weights(model, tmp_path / "partly.safetensors", mapping={"blocks.**": "layers.**"})
+    assert_holds(model, state)
 
 
 def test_a_pattern_that_matches_nothing_is_a_problem(stored):

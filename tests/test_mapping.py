@@ -50,3 +50,10 @@ def test_remembered_views_still_carry_each_keys_own_captures():
     mapping = Mapping([Rule("l.*.e", (Part("l.*.e.*", (Each(0, 1),)),))])
     assert names(mapping, "l.4.e") == ["l.4.e.0", "l.4.e.1"]
     assert names(mapping, "l.9.e") == ["l.9.e.0", "l.9.e.1"]
+
+
+def test_a_rule_with_a_wildcard_and_a_number_does_not_speak_for_its_neighbours():
+    mapping = Mapping([rename("blocks.*.0.w", "a.*.w"), rename("blocks.*.1.w", "b.*.w")])
+    assert names(mapping, "blocks.3.0.w") == ["a.3.w"]
+    assert names(mapping, "blocks.3.1.w") == ["b.3.w"]
+    assert names(mapping, "blocks.4.0.w") == ["a.4.w"]

@@ -9,7 +9,7 @@ from bioinit.config import InitPolicy
 from bioinit.formats import open_weights
 from bioinit.mapping import Mapping, Names
 from bioinit.plan import Model, plan
-from bioinit.rules import Narrow, Part, Rule
+from bioinit.rules import Narrow, Part, Rule, Unflatten
 from bioinit.storage import Folder
 from bioinit.targets import describe
 
@@ -226,3 +226,47 @@ def test_a_plan_is_one_json_document_and_folded_lines(planned):
     )
     text = decided.render()
     assert "body.{0..2}" not in text and "body.0.weight" in text
+
+
+def test_a_tied_copy_that_fits_is_not_lost_to_one_that_does_not(planned):
+    stored = {**state(), "head.weight": torch.zeros(9, 4)}
+    [problem] = planned(stored).problems
+    assert (problem.kind, problem.key) == ("mismatch", "embed.weight")
+    decided = planned(stored, on_mismatch="init")
+    assert decided.targets["embed.weight"].claim.sources == ("embed.weight",)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fits"), [(torch.int32, True), (torch.uint8, True), (torch.bool, False)]
+)
+def test_integers_are_cast_only_where_no_value_can_change(planned, stored, fits):
+    decided = planned(state(steps=torch.zeros(3, dtype=stored)))
+    assert bool(decided.problems) is not fits
+
+
+def test_a_wide_integer_does_not_go_into_a_narrow_one(planned):
+    class Narrow8(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(3, dtype=torch.int8))
+
+    [problem] = planned({"steps": torch.tensor([1, 2, 300])}, module=Narrow8()).problems
+    assert problem.kind == "dtype" and "int64" in problem.message
+
+
+def test_a_prefix_that_only_names_a_tie_is_a_problem(planned):
+    [problem] = planned(state(), skip=("head.weight",)).problems
+    assert problem.kind == "prefix" and "tied" in problem.message
+    assert not planned(state(), skip=("head",)).problems
+
+
+def test_a_stored_tensor_that_does_not_fit_its_rule_is_a_problem_with_its_name(planned):
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Parameter(torch.zeros(4, 2))
+
+    disk = Mapping([Rule("qkv", (Part("q", (Unflatten(0, (2, 2)),)),))])
+    memory = Mapping([Rule("q", (Part("q", (Unflatten(0, (2, 2)),)),))])
+    found = planned({"qkv": torch.zeros(7, 2)}, Names(disk, memory), Split()).problems
+    assert found[-1].key == "qkv" and "[7, 2]" in found[-1].message and found[-1].cure

@@ -25,7 +25,7 @@ from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
 from bioinit.mapping import Mapping as NameMapping
 from bioinit.merge import merge
-from bioinit.plan import LoadPlan
+from bioinit.plan import SKIP_LIST, LoadPlan
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
 from bioinit.record import build, make_record
@@ -86,7 +86,9 @@ def prepare_module(
     targets = describe(module)
     names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
     if own_names is None:
-        backend = dataclasses.replace(backend, initialize=reset_parameters)
+        backend = dataclasses.replace(
+            backend, initialize=reset_parameters, describe_init=_describe_reset
+        )
     planned = plan_load(
         model_side(module, targets, backend, None),
         checkpoint.tensors,
@@ -98,8 +100,25 @@ def prepare_module(
         notes=_notes(spelling),
     )
     planned = _finished(planned, init, checkpoint, None, started)
+    words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
+    planned = dataclasses.replace(planned, problems=tuple(words))
     config = TrainableModelConfig()
     return Prepared(Run(), config, None, module, lambda: module, backend, checkpoint, planned)
+
+
+def _describe_reset(module: nn.Module, key: str) -> str | None:
+    """What gives a key of a module without its constructor its value, if it is not loaded."""
+    owner = module.get_submodule(key.rpartition(".")[0])
+    name = key.rpartition(".")[2]
+    if not {**owner._parameters, **owner._buffers}[name].is_meta:  # type: ignore[union-attr]
+        return "the module, as it was"
+    resets = hasattr(owner, "reset_parameters")
+    return f"{type(owner).__name__}.reset_parameters" if resets else None
+
+
+def _in_keywords(cure: str) -> str:
+    """A cure in the words of ``load_weights``, whose keywords are not the keys of a recipe."""
+    return cure.replace(SKIP_LIST, "skip_prefixes").replace("init.", "")
 
 
 def _decide(

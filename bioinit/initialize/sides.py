@@ -101,7 +101,7 @@ def names_of_module(
         disk = (
             mapping
             if isinstance(mapping, NameMapping)
-            else NameMapping([rename(old, new) for old, new in mapping.items()])
+            else NameMapping([*map(rename, mapping, mapping.values()), rename("**", "**")])
         )
         return Names(disk, NameMapping.identity()), AS_STORED
     identity = Names(NameMapping.identity(), NameMapping.identity())

@@ -27,9 +27,9 @@ from bioinit.load.initial import Watching, own_random_state, reset_parameters
 from bioinit.load.memory import allocate
 from bioinit.load.transfer import Job, Progress, Transfer
 from bioinit.plan import Copy, LoadPlan, TargetPlan, worker_count
-from bioinit.report import LoadReport
+from bioinit.report import LoadReport, raise_for
 from bioinit.storage import File
-from bioinit.targets import Slot, slots
+from bioinit.targets import Slot, held_strides, slots
 
 __all__ = ["execute", "reset_parameters"]
 
@@ -59,12 +59,10 @@ def execute(
         device: where parameters that are on meta now will live.
         progress: is told the bytes as they arrive.
 
-    Returns:
-        The report. ``problems`` holds what only loading could find: stored duplicates that differ,
-        values that are not finite, tensors that no initializer wrote.
-
     Raises:
-        BioinitError: reading failed; see the module's docstring for the state of ``module``.
+        PlanError: what only loading could find: stored duplicates that differ, values that are not
+            finite, tensors that no initializer wrote.
+        BioinitError: reading failed. For the state of ``module`` see the docstring of this room.
     """
     started = time.perf_counter()
     work = _Load(plan, module, device)
@@ -79,6 +77,7 @@ def execute(
         problems += work.compare(transfer)
         if init.check_finite:
             problems += work.check_finite()
+        raise_for(problems, "loading found")
     except BaseException as error:
         work.restore(error)
         raise
@@ -87,7 +86,7 @@ def execute(
     return LoadReport(
         claims=plan.tensors,
         unused=plan.unused,
-        problems=(*plan.problems, *problems),
+        problems=plan.problems,
         bytes_read=transfer.bytes_read,
         seconds=time.perf_counter() - started,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -109,19 +108,22 @@ class _Load:
     def materialize(self) -> None:
         """Give memory to what has none, once; shared tensors stay shared."""
         made: dict[int, torch.Tensor] = {}
-        for slot in list(slots(self.module)):
+        found = list(slots(self.module))
+        is_placed = any(slot.tensor.is_meta for slot in found)
+        for slot in found:
             tensor = slot.tensor
             if tensor.is_meta:
                 known = made.get(id(tensor))
                 if known is None:
                     planned = self.plan.targets.get(slot.key)
                     dtype = tensor.dtype if planned is None else planned.dtype
-                    known = _like(tensor, allocate(tuple(tensor.shape), dtype, self.device))
+                    memory = allocate(tuple(tensor.shape), dtype, self.device, held_strides(tensor))
+                    known = _like(tensor, memory)
                     made[id(tensor)] = known
                     self._made.add(slot.key)
                 self._put(slot, known)
                 tensor = known
-            elif slot.is_buffer and tensor.device != self.device and self._made:
+            elif slot.is_buffer and tensor.device.type != self.device.type and is_placed:
                 tensor = made.setdefault(id(tensor), tensor.to(self.device))
                 self._put(slot, tensor)
             self.live.setdefault(slot.key, tensor)
@@ -302,7 +304,10 @@ def _is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
 
 
 def _set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> None:
-    """A tied parameter is trained if one of its names is, and frozen if one of its names is."""
+    """A tied parameter is trained if one of its names is, and frozen if one of its names is.
+
+    Without ``init.trainable`` a parameter stays as its architecture made it, unless it is frozen.
+    """
     trainable = [Pattern(text) for text in init.trainable]
     frozen = [Pattern(text) for text in init.frozen]
     if not trainable and not frozen:
@@ -317,5 +322,7 @@ def _set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> No
 
     for parameter in parameters.values():
         keys = names[id(parameter)]
-        is_trained = match(trainable, keys) if trainable else True
-        parameter.requires_grad_(is_trained and not match(frozen, keys))
+        if trainable:
+            parameter.requires_grad_(match(trainable, keys))
+        if match(frozen, keys):
+            parameter.requires_grad_(False)

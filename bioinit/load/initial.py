@@ -64,7 +64,9 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def own_random_state(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside leaves the caller's random state untouched."""
-    devices = [device.index or 0] if device.type == "cuda" else []
+    devices: list[int] = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
     with torch.random.fork_rng(devices=devices):
         yield
 

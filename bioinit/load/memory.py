@@ -14,13 +14,20 @@ import mmap
 
 import torch
 
-from bioinit.layout import Dims, numel
+from bioinit.layout import Dims, numel, row_major
 
 HUGE_PAGE = 2 * 2**20
 
 
-def allocate(shape: Dims, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialized contiguous tensor that owns its storage, exactly as large as it needs."""
+def allocate(
+    shape: Dims, dtype: torch.dtype, device: torch.device, strides: Dims | None = None
+) -> torch.Tensor:
+    """An uninitialized tensor that owns its storage, exactly as large as it needs.
+
+    It is row-major, or has the dense ``strides``.
+    """
+    if strides is not None and strides != row_major(shape) and numel(shape):
+        return allocate((numel(shape),), dtype, device).as_strided(shape, strides)
     size = numel(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)

@@ -29,6 +29,7 @@ from bioinit.plan.facts import (
 from bioinit.report import Claim, Unused
 
 __all__ = [
+    "SKIP_LIST",
     "STAGING_BYTES",
     "Copy",
     "DtypeRule",
@@ -76,7 +77,7 @@ def plan(
         if not target.persistent:
             continue
         if target.tied_to is not None:
-            skips.of(target.key)
+            skips.of(target.key, is_tied=True)
             claims.append(claim_of(target, "tied", f"tied to {target.tied_to}", target.dtype))
             continue
         planned = decisions.about(target, spellings[target.key], conversions.get(target.key))
@@ -90,7 +91,11 @@ def plan(
         for c in claims
     ]
     unused = [Unused(n, stored[n].shape, dtype_name(stored[n].dtype)) for n in sources.unused()]
-    problems = [*decisions.problems, *_unhit(skips, model, stored)]
+    problems = [
+        *decisions.problems,
+        *_misfits(sources),
+        *_idle(skips, model, stored),
+    ]
     if init.on_unused == "error":
         problems.extend(
             Problem(
@@ -145,7 +150,19 @@ def _total(
     )
 
 
-def _unhit(skips: Skips, model: Model, stored: Mapping[str, StoredTensor]) -> Iterable[Problem]:
+def _misfits(sources: Sources) -> Iterable[Problem]:
+    for name, reason in sources.misfits.items():
+        shape = shape_text(sources.stored[name].shape)
+        yield Problem(
+            "mismatch",
+            name,
+            f"the stored tensor {name!r} {shape} does not fit its rule: {reason}",
+            f"Correct the config field that sizes it, or skip its prefix in {SKIP_LIST}.",
+        )
+
+
+def _idle(skips: Skips, model: Model, stored: Mapping[str, StoredTensor]) -> Iterable[Problem]:
+    """Prefixes that hit nothing, or nothing that can be skipped by itself."""
     for prefix, hits in skips.hits.items():
         if not hits:
             heads = {".".join(k.split(".")[:n]) for k in (*model.targets, *stored) for n in (1, 2)}
@@ -155,4 +172,12 @@ def _unhit(skips: Skips, model: Model, stored: Mapping[str, StoredTensor]) -> It
                 f"the skip prefix {prefix!r} matches no parameter and no stored tensor. "
                 f"{suggestion(prefix, heads)}".strip(),
                 f"Correct it in {SKIP_LIST} or remove it.",
+            )
+        elif skips.tied_only(prefix):
+            yield Problem(
+                "prefix",
+                prefix,
+                f"the skip prefix {prefix!r} matches nothing but tied names, which have no values "
+                "of their own to leave out.",
+                "Skip the parameter that they are tied to, or untie them in the config.",
             )

@@ -58,15 +58,23 @@ class Skips:
     def __init__(self, prefixes: Iterable[str]) -> None:
         self._prefixes = [SkipPrefix(text) for text in dict.fromkeys(prefixes)]
         self.hits = {prefix.text: 0 for prefix in self._prefixes}
+        self._tied: set[str] = set()
+        self._untied: set[str] = set()
 
-    def of(self, key: str) -> str | None:
+    def of(self, key: str, *, is_tied: bool = False, is_stored: bool = False) -> str | None:
         """The first prefix that skips ``key``; all that do are counted as hit."""
         first = None
         for prefix in self._prefixes:
             if prefix.matches(key):
                 self.hits[prefix.text] += 1
+                if not is_stored:
+                    (self._tied if is_tied else self._untied).add(prefix.text)
                 first = first or prefix.text
         return first
+
+    def tied_only(self, prefix: str) -> bool:
+        """Whether the only targets that ``prefix`` matched are tied names."""
+        return prefix in self._tied - self._untied
 
 
 class Sources:
@@ -85,6 +93,8 @@ class Sources:
         self.disk = names.disk
         self.skipped: dict[str, str] = {}
         self.used: set[str] = set()
+        self.misfits: dict[str, str] = {}
+        """Stored names whose rule does not fit their dims, and why."""
         self._sources: dict[str, list[Source]] = {}
         self._extents: dict[str, Dims] = {}
         self._runs: dict[Box, Overlap | None] = {}
@@ -94,7 +104,7 @@ class Sources:
         for name, tensor in stored.items():
             if tensor.kind != "weight":
                 continue
-            skip = skips.of(name) if skips.hits else None
+            skip = skips.of(name, is_stored=True) if skips.hits else None
             if skip is not None:
                 self.skipped[name] = skip
             if name not in converted:
@@ -103,7 +113,12 @@ class Sources:
     def _place(self, name: str, tensor: StoredTensor, skip: str | None) -> None:
         spelled = self.spelled(name)
         for piece in tensor.pieces:
-            for key, box in self.disk.place(spelled, (piece.box,)) or ():
+            try:
+                placed = self.disk.place(spelled, (piece.box,))
+            except MappingError as error:
+                self.misfits[name] = str(error)
+                return
+            for key, box in placed or ():
                 _extend(self._extents, key, box)
                 if skip is not None:
                     self._skip_by_canonical[key] = skip

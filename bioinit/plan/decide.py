@@ -55,11 +55,11 @@ class Decisions:
             if cover.names and cover.mismatch is None and cover.covered == numel(target.shape):
                 return self._loaded(target, (cover,))
         covers = [c for c in (self.sources.cover(target, key) for key in spellings) if c]
-        if any(cover.mismatch is not None for cover in covers):
-            return self._mismatched(
-                target, next(cover for cover in covers if cover.mismatch is not None)
-            )
         whole = [c for c in covers if c.names and c.covered == numel(target.shape)]
+        whole = [c for c in whole if c.mismatch is None]
+        misfit = next((cover for cover in covers if cover.mismatch is not None), None)
+        if misfit is not None and (not whole or self.init.on_mismatch == "error"):
+            return self._mismatched(target, misfit)
         if whole:
             return self._loaded(target, whole)
         skip = next((cover.skipped for cover in covers if cover.skipped), None)
@@ -81,7 +81,7 @@ class Decisions:
             else tuple(dict.fromkeys(copy.dtype for copy in copies))
         )
         for dtype in stored:
-            if dtype != target.dtype and _kind(dtype) != _kind(target.dtype):
+            if dtype != target.dtype and not _can_hold(target.dtype, dtype):
                 return self._wrong_kind(target, cover.names[0], dtype)
         final = self._final_dtype(target, stored)
         rule = self._rule_text(target.key, cover.names[0])
@@ -118,7 +118,7 @@ class Decisions:
             target,
             "dtype",
             f"{target.key} is {dtype_name(target.dtype)}, but {name!r} is stored as "
-            f"{dtype_name(dtype)}; integers and floats are not cast into each other.",
+            f"{dtype_name(dtype)}, and not every such value fits.",
             f"Mend the checkpoint, or skip the prefix in {SKIP_LIST}.",
         )
 
@@ -171,9 +171,14 @@ class Decisions:
 
     def _mismatched(self, target: Target, cover: Cover) -> TargetPlan:
         mismatch = cover.mismatch
-        if mismatch is None or mismatch.reason:
-            reason = mismatch.reason if mismatch else ""
-            return self._problem(target, "mismatch", f"{target.key}: {reason}", "")
+        assert mismatch is not None
+        if mismatch.reason:
+            return self._problem(
+                target,
+                "mismatch",
+                f"{target.key} {shape_text(target.shape)} does not fit its rule: {mismatch.reason}",
+                f"Correct the field that sizes it, or skip its prefix in {SKIP_LIST}.",
+            )
         stored, wanted = mismatch.stored, mismatch.wanted
         text = f"stored as {shape_text(stored)}, but the model has {shape_text(wanted)}"
         if self.init.on_mismatch == "init":
@@ -247,10 +252,13 @@ def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
     return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_floating_point:
-        return "floating"
-    return "complex" if dtype.is_complex else "integer"
+def _can_hold(wanted: torch.dtype, stored: torch.dtype) -> bool:
+    """Floats are cast into floats; integers only where no value can change; nothing else is."""
+    if stored.is_floating_point or wanted.is_floating_point:
+        return stored.is_floating_point and wanted.is_floating_point
+    if torch.bool in (stored, wanted):
+        return stored == wanted
+    return torch.promote_types(stored, wanted) == wanted
 
 
 def _cast(stored: Iterable[torch.dtype], final: torch.dtype) -> str | None:
