@@ -234,6 +234,23 @@ def test_a_vocabulary_can_grow_by_rows_from_the_seeded_initializer(written):
         assert 0 < grown[100:].std() < 0.1
 
 
+@pytest.mark.parametrize(("name", "recipe"), list(NAMED.items()))
+def test_a_masked_lm_grows_with_the_bias_of_its_output(written, name, recipe):
+    path = written[0] / name / "safetensors"
+    done = start(
+        recipe,
+        path,
+        "model.vocab_size=120",
+        "model.override_parent_fields=[vocab_size]",
+        "init.on_mismatch=resize",
+    )
+    rows = MODELS[name][1].vocab_size
+    source = reference(path).state_dict()
+    grown = {k: v for k, v in done.model.state_dict().items() if v.shape[:1] == (120,)}
+    assert len(grown) >= 3
+    assert all(torch.equal(v[:rows], source[k]) for k, v in grown.items())
+
+
 def test_a_start_from_nothing_is_initialized_by_the_architecture():
     overrides = [
         "model.num_layers=2",

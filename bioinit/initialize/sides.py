@@ -59,6 +59,7 @@ def model_side(
 
 
 def _vocab_keys(module: nn.Module) -> Collection[str]:
+    """Keys with a row per token: both embeddings, and a bias that stands beside the output's."""
     if not isinstance(module, _HasEmbeddings):
         return ()
     try:
@@ -66,6 +67,12 @@ def _vocab_keys(module: nn.Module) -> Collection[str]:
     except NotImplementedError:  # how transformers says that a model has no vocabulary
         return ()
     embeddings = {id(p) for m in found if m is not None for p in m.parameters(recurse=False)}
+    output = found[1]
+    if output is not None:
+        [path] = [name for name, inner in module.named_modules() if inner is output] or [""]
+        beside = module.get_submodule(path.rpartition(".")[0]).parameters(recurse=False)
+        rows = {p.shape[0] for p in output.parameters(recurse=False) if p.dim() == 2}
+        embeddings |= {id(p) for p in beside if p.dim() == 1 and p.shape[0] in rows}
     return {k for k, p in module.named_parameters(remove_duplicate=False) if id(p) in embeddings}
 
 
@@ -112,21 +119,29 @@ def _names(
     module: nn.Module, targets: Mapping[str, Target], checkpoint: Checkpoint, names_of: NamesOf
 ) -> tuple[Names, Spelling]:
     """Solve wrapper prefixes first, then ask for the tables of the names as they are spelled."""
-    weights = [name for name, tensor in checkpoint.tensors.items() if tensor.kind == "weight"]
+    shapes = {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
     keys = [key for key, target in targets.items() if target.persistent]
-    as_stored = {name: checkpoint.tensors[name].shape for name in weights}
-    first = names_of(module, as_stored)
-    spelling = solve(weights, _Wanted(first, keys), keys)
+    as_stored = names_of(module, shapes)
+
+    def known(spelled: Mapping[str, str]) -> Collection[str]:
+        is_stored = all(name == stored for name, stored in spelled.items())
+        asked = {name: shapes[stored] for name, stored in spelled.items()}
+        wanted = _Wanted(as_stored if is_stored else names_of(module, asked), keys)
+        return {name for name in spelled if wanted(name)}
+
+    spelling = solve(tuple(shapes), known, keys)
     if spelling == AS_STORED:
-        return first, spelling
-    return names_of(module, {spelling.spell(n): shape for n, shape in as_stored.items()}), spelling
+        return as_stored, spelling
+    stored_as = {spelling.spell(name): name for name in shapes}
+    names = names_of(module, {name: shapes[stored] for name, stored in stored_as.items()})
+    return names.with_sources(stored_as), spelling
 
 
 class _Wanted:
     """Whether the model wants a tensor of a name. Judged by templates, so it is cheap to ask.
 
-    A name is wanted if it is a key of the model, or if the disk dialect leads it to a canonical
-    tensor to which some key of the model leads as well.
+    A name is wanted if it is a key of the model, if the disk dialect leads it to a canonical tensor
+    to which some key of the model leads as well, or if a conversion for the model reads it.
     """
 
     def __init__(self, names: Names, keys: Collection[str]) -> None:
@@ -142,9 +157,16 @@ class _Wanted:
         memory = self._names.memory
         return {found for key in self._keys.values() for found in _canonical(memory, key)}
 
+    @cached_property
+    def _converted(self) -> set[str]:
+        return {template(name) for c in self._names.conversions for name in c.sources}
+
     def __call__(self, name: str) -> bool:
-        return template(name) in self._keys or any(
-            found in self._wanted for found in _canonical(self._names.disk, name)
+        kind = template(name)
+        return (
+            kind in self._keys
+            or kind in self._converted
+            or any(found in self._wanted for found in _canonical(self._names.disk, name))
         )
 
 
