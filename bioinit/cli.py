@@ -183,17 +183,14 @@ def _plan_one(record: fdl.Config[Run]) -> Outcome:
 
 def _init_one(record: fdl.Config[Run]) -> Outcome:
     from bioinit.initialize import initialize
-    from bioinit.save import RECEIPT
-    from bioinit.storage import Folder
 
     with _progress() as progress:
         done = initialize(record, progress=progress)
     text = f"{done.plan.render()}\n{done.report.render()}"
-    if record.output_dir is None:
+    if done.receipt is None:
         _say("output_dir is not set: nothing was written")
         return Outcome(done.report.to_json(), text, 0)
-    receipt = Folder.at(record.output_dir).read_json(RECEIPT)
-    return Outcome(receipt, f"{text}\nwritten      {record.output_dir}", 0)
+    return Outcome(done.receipt, f"{text}\nwritten      {record.output_dir}", 0)
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
-from bioinit.storage import Folder, atomic_folder
+from bioinit.storage import RECEIPT, Folder, atomic_folder
 
-RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -34,6 +33,7 @@ def save(
     origins: Mapping[str, Origin] | None = None,
     source: Folder | None = None,
     carried: Iterable[str] = (),
+    keep: Iterable[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
@@ -41,14 +41,15 @@ def save(
 
     Args:
         model: real everywhere.
-        path: the folder to make; an existing one must be empty unless ``overwrite``.
+        path: the folder to make; an existing one must be empty, or ours and ``overwrite`` set.
         backend: who knows how such a model is written.
         record: what the next run will read as the saved config.
         receipt: the report's JSON; the digests of the written files are added to it.
         origins: who set which dotted key of the run; kept in the context.
         source: the checkpoint's folder.
         carried: files of ``source`` that go along unchanged: tokenizer, generation config.
-        overwrite: replace a non-empty folder.
+        keep: the files and folders of the checkpoint; ``path`` may not touch them.
+        overwrite: replace a folder that bioinit wrote.
         max_shard_bytes: the most bytes of one weight file.
 
     Returns:
@@ -57,7 +58,7 @@ def save(
     Raises:
         StorageError: the folder exists, or cannot be written; nothing is left under its name.
     """
-    with atomic_folder(path, overwrite=overwrite) as folder:
+    with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
         backend.save(model, folder, max_shard_bytes)
         save_context(record, folder, origins)
         if source is not None:
@@ -67,24 +68,6 @@ def save(
         document = {**receipt, "files": list(_digests(folder))}
         (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
-
-
-def check_free(path: str | Path, *, overwrite: bool = False) -> None:
-    """Say now, before anything is loaded, that ``path`` cannot be written at the end.
-
-    Raises:
-        StorageError: there is a file, or a folder that is not empty.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        if overwrite or not any(folder.iterdir()):
-            return
-        raise StorageError(
-            f"{folder} exists and is not empty. Choose another output_dir, "
-            "or set output.overwrite=true to replace it."
-        )
-    if folder.exists():
-        raise StorageError(f"{folder} is a file, not a folder. Choose another output_dir.")
 
 
 def verify(path: str | Path) -> list[dict[str, str]]:

@@ -301,10 +301,42 @@ def test_an_output_directory_that_holds_something(run, ckpt, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
-    assert_refused(init(run, ckpt / "bin", f"output_dir={out}"), STORAGE, "overwrite")
-    assert (out / "precious").read_text() == "mine"
+    for overwrite in ("false", "true"):
+        words = (f"output_dir={out}", f"output.overwrite={overwrite}")
+        assert_refused(init(run, ckpt / "bin", *words), STORAGE, "'precious'", "by hand")
+        assert (out / "precious").read_text() == "mine"
+
+
+def test_an_output_directory_that_holds_an_earlier_output(run, ckpt, tmp_path):
+    out = tmp_path / "out"
+    assert init(run, ckpt / "bin", f"output_dir={out}")[0] == 0
+    receipt = (out / "receipt.json").read_bytes()
+    assert_refused(init(run, ckpt / "bin", f"output_dir={out}"), STORAGE, "output.overwrite=true")
+    assert (out / "receipt.json").read_bytes() == receipt
     assert init(run, ckpt / "bin", f"output_dir={out}", "output.overwrite=true")[0] == 0
-    assert not (out / "precious").exists() and (out / "receipt.json").exists()
+    assert (out / "receipt.json").read_bytes() != receipt
+
+
+@pytest.mark.parametrize(
+    ("pointed_at", "out"),
+    [
+        ("proj/ck", "proj"),
+        ("proj/ck", "proj/ck"),
+        ("proj/ck", "proj/ck/new"),
+        ("proj/ck", "alias"),
+        ("proj/ck/model.safetensors", "proj"),
+        ("proj/ck/model.safetensors", "alias/ck"),
+    ],
+)
+def test_an_output_directory_that_touches_the_checkpoint(run, ckpt, tmp_path, pointed_at, out):
+    """Even where everything is bioinit's own and may be replaced."""
+    assert init(run, ckpt / "bin", f"output_dir={tmp_path / 'proj'}")[0] == 0
+    assert init(run, ckpt / "bin", f"output_dir={tmp_path / 'proj' / 'ck'}")[0] == 0
+    (tmp_path / "alias").symlink_to(tmp_path / "proj")
+    before = {p: p.read_bytes() for p in (tmp_path / "proj").rglob("*") if p.is_file()}
+    words = (f"output_dir={tmp_path / out}", "output.overwrite=true")
+    assert_refused(init(run, tmp_path / pointed_at, *words), STORAGE, "the checkpoint", "apart")
+    assert {p: p.read_bytes() for p in (tmp_path / "proj").rglob("*") if p.is_file()} == before
 
 
 def test_an_existing_empty_directory_is_fine(run, ckpt, tmp_path):

@@ -136,7 +136,7 @@ def test_a_corrupt_checkpoint_is_exit_4(run, checkpoint, tmp_path):
 def test_an_existing_output_is_exit_5_and_is_left_alone(run, checkpoint, tmp_path):
     (tmp_path / "precious").write_text("x")
     code, _, err = run("init", *words(checkpoint, f"output_dir={tmp_path}"))
-    assert code == 5 and str(tmp_path) in err and "output.overwrite=true" in err
+    assert code == 5 and str(tmp_path) in err and "'precious'" in err
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 

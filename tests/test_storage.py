@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from bioinit.errors import BioinitError, CorruptCheckpoint, RefusedCheckpoint, StorageError
-from bioinit.storage import File, Folder, atomic_folder
+from bioinit.storage import RECEIPT, File, Folder, atomic_folder, require_free
 from bioinit.storage import file as file_room
 from bioinit.storage.zip import data_start, first_name, members
 
@@ -291,22 +291,105 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert left_beside(final) == []
 
 
+def ours(folder: Path, **files: str) -> Path:
+    """A folder as bioinit leaves it."""
+    folder.mkdir(parents=True)
+    for name, text in {RECEIPT: '{"bioinit": "0.1.0"}', **files}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
 def test_an_empty_folder_is_replaced_and_a_full_one_is_not(tmp_path):
     final = tmp_path / "out"
     final.mkdir()
     with atomic_folder(final) as folder:
         (folder / "x").write_text("1")
-    with pytest.raises(StorageError, match=r"not empty.*overwrite"), atomic_folder(final):
-        pytest.fail("the block must not run")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(StorageError, match=r"not empty and bioinit did not write it.*'x'"),
+            atomic_folder(final, overwrite=overwrite),
+        ):
+            pytest.fail("the block must not run")
     assert (final / "x").read_text() == "1" and left_beside(final) == []
 
 
-def test_overwriting_replaces_the_whole_folder(tmp_path):
+def test_overwriting_replaces_the_whole_of_what_bioinit_wrote(tmp_path):
+    final = ours(tmp_path / "out", old="x")
+    with pytest.raises(StorageError, match=r"output\.overwrite=true"), atomic_folder(final):
+        pytest.fail("the block must not run")
+    assert (final / "old").exists()
+    with atomic_folder(final, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [p.name for p in final.iterdir()] == ["new"] and left_beside(final) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"total": 3}', "\x00"])
+def test_the_receipt_of_another_program_makes_nothing_ours(text, tmp_path):
+    final = ours(tmp_path / "out")
+    (final / RECEIPT).write_text(text)
+    with pytest.raises(StorageError, match="did not write it"):
+        require_free(final, overwrite=True)
+
+
+def test_what_is_written_meanwhile_by_somebody_else_is_not_replaced(tmp_path):
     final = tmp_path / "out"
-    for number in (1, 2):
-        with atomic_folder(final, overwrite=True) as folder:
-            (folder / f"x{number}").write_text("x")
-    assert [p.name for p in final.iterdir()] == ["x2"] and left_beside(final) == []
+    with (
+        pytest.raises(StorageError, match="did not write it"),
+        atomic_folder(final, overwrite=True) as folder,
+    ):
+        (folder / "x").write_text("x")
+        final.mkdir()
+        (final / "precious").write_text("mine")
+    assert (final / "precious").read_text() == "mine" and left_beside(final) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "relation"),
+    [
+        ("proj/ck", "is"),
+        ("proj", "holds"),
+        ("proj/ck/out", "lies inside"),
+        ("alias/ck", "is"),
+        ("alias", "holds"),
+        ("alias/ck/a/b", "lies inside"),
+        ("proj/ck/../../proj", "holds"),
+        ("blobs", "holds"),
+    ],
+)
+def test_what_is_being_read_is_never_written_over(out, relation, tmp_path):
+    ours(tmp_path / "proj")
+    kept = ours(tmp_path / "proj" / "ck")
+    blob = ours(tmp_path / "blobs") / "weights"
+    blob.write_text("w")
+    (kept / "weights").symlink_to(blob)
+    (tmp_path / "alias").symlink_to(tmp_path / "proj")
+    with pytest.raises(StorageError, match=f"it {relation} the checkpoint.*apart from it"):
+        require_free(tmp_path / out, overwrite=True, keep=(kept, kept / "weights"))
+    assert blob.read_text() == "w" and (kept / RECEIPT).exists()
+
+
+def test_a_folder_beside_a_single_file_that_is_read_is_free(tmp_path):
+    (tmp_path / "weights").write_text("w")
+    found = require_free(tmp_path / "out", keep=(tmp_path / "weights",))
+    assert found == tmp_path / "out" and not found.exists()
+
+
+def test_the_question_before_loading_is_that_of_the_writer(tmp_path, monkeypatch):
+    """Both refuse the same places, and asking makes nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("~/file", "~/file/out", "~/full", "~/link", "~/link/out", "~/" + "n" * 300):
+        with pytest.raises(StorageError) as asked:
+            require_free(name)
+        with pytest.raises(StorageError) as told, atomic_folder(name):
+            pytest.fail("the block must not run")
+        assert str(asked.value) == str(told.value)
+    assert require_free("~/a/b") == tmp_path / "a" / "b"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_file_or_link_in_the_way_is_never_replaced(tmp_path):
@@ -325,13 +408,12 @@ def test_a_file_or_link_in_the_way_is_never_replaced(tmp_path):
 def test_an_error_leaves_everything_as_it_was(error, overwrite, tmp_path):
     final = tmp_path / "out"
     if overwrite:
-        final.mkdir()
-        (final / "old").write_text("old")
+        ours(final)
     with pytest.raises(type(error)), atomic_folder(final, overwrite=overwrite) as folder:
         (folder / "x").write_text("x")
         raise error
     assert left_beside(final) == []
-    assert [p.name for p in tmp_path.rglob("*")] == (["out", "old"] if overwrite else [])
+    assert [p.name for p in tmp_path.rglob("*")] == (["out", RECEIPT] if overwrite else [])
 
 
 @pytest.mark.parametrize(
@@ -380,6 +462,8 @@ def test_a_full_disk_in_the_middle_of_a_file_leaves_nothing(writer, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_forbidden_place_is_a_storage_error(tmp_path):
     tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="permission"):
+        require_free(tmp_path / "deep" / "out")
     with pytest.raises(StorageError, match="permission"), atomic_folder(tmp_path / "out"):
         pytest.fail("the block must not run")
 

@@ -15,13 +15,15 @@ from torch import nn
 from bioinit import collector
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import open_checkpoint
+from bioinit.errors import ConfigError
 from bioinit.initialize.prepare import Prepared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.mapping import Mapping as NameMapping
 from bioinit.plan import LoadPlan
 from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
-from bioinit.save import check_free, save
+from bioinit.save import save
+from bioinit.storage import require_free
 
 Progress = Callable[[int, int], None]
 """Told how many bytes have been read, and how many there are."""
@@ -36,6 +38,8 @@ class Initialized:
     plan: LoadPlan
     report: LoadReport
     _prepared: Prepared = dataclasses.field(repr=False)
+    receipt: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+    """What the last :meth:`save` wrote as ``receipt.json``; None until one has ended well."""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the model, its context and the receipt to the folder ``path``, whole or not at all.
@@ -44,7 +48,8 @@ class Initialized:
             The receipt.
 
         Raises:
-            StorageError: ``path`` holds something already, or cannot be written.
+            StorageError: ``path`` holds something that may not be replaced, or touches the
+                checkpoint, or cannot be written.
         """
         prepared = self._prepared
         checkpoint = prepared.checkpoint
@@ -54,7 +59,7 @@ class Initialized:
             for found in (() if context is None else (context, *context.beside))
             for name in found.carried
         }
-        return save(
+        self.receipt = save(
             self.model,
             path,
             backend=prepared.backend,
@@ -63,8 +68,10 @@ class Initialized:
             origins={f"model.{d.field}": d.origin for d in self.plan.fields},
             source=None if checkpoint is None else checkpoint.folder.around or checkpoint.folder,
             carried=sorted(carried),
+            keep=_lying(prepared),
             overwrite=overwrite,
         )
+        return self.receipt
 
 
 def plan(record: fdl.Config[Run]) -> LoadPlan:
@@ -92,7 +99,9 @@ def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Ini
         run = prepared.run
         raise_for(prepared.plan.problems, "the plan has")
         if run.output_dir is not None:
-            check_free(run.output_dir, overwrite=run.output.overwrite)
+            require_free(
+                run.output_dir, overwrite=run.output.overwrite, keep=_lying(prepared)
+            )
         report = execute(
             prepared.plan,
             prepared.module,
@@ -131,7 +140,8 @@ def load_weights(
         module: a ``transformers`` model or a module of your own.
         path: a checkpoint's folder or file.
         skip_prefixes: keys that begin with one of these whole dotted prefixes are left alone.
-        mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``.
+        mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``; a name
+            that matches none of them stays as it is.
         device: where what is on meta will live; the CPU if None.
         progress: is told the bytes read so far and the bytes to read.
         **policy: fields of :class:`bioinit.InitPolicy`: ``on_missing="init"``, ``seed=1``, ...
@@ -140,6 +150,11 @@ def load_weights(
         PlanError: the plan has problems, and nothing was touched; or loading found some.
         BioinitError: see its subclasses; the error says whether the module is as it was.
     """
+    if isinstance(skip_prefixes, str):
+        raise ConfigError(
+            f"skip_prefixes={skip_prefixes!r} is one text, and each of its letters would be a "
+            f"prefix. Write a tuple: ({skip_prefixes!r},)."
+        )
     init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
     with open_checkpoint(path) as checkpoint:
         with collector.paused():
@@ -156,6 +171,14 @@ def load_weights(
             device=torch.device(device or "cpu"),
             progress=_counted(progress, prepared.plan.bytes_to_read),
         ).raise_for_problems()
+
+
+def _lying(prepared: Prepared) -> tuple[Path, ...]:
+    """Where the checkpoint lies, which no output may touch."""
+    checkpoint = prepared.checkpoint
+    if checkpoint is None:
+        return ()
+    return (checkpoint.path, *(file.path for file in checkpoint.files))
 
 
 def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:

@@ -3,24 +3,29 @@
 It is filled under a hidden name beside its place and renamed when every byte of it is on the disk.
 Whatever stops the writer half-way, nothing stands under the final name; after an error or Ctrl-C
 the hidden folder is gone too, and what a killed process left is removed by the next one that writes
-the same folder.
+the same folder. A folder that holds something is replaced only where that is allowed and its
+receipt says that bioinit wrote it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bioinit.errors import BioinitError, StorageError
 from bioinit.storage.file import disk_error
+
+RECEIPT = "receipt.json"  # every folder of ours holds one
+_NAMES_SHOWN = 3
 
 # How the libraries that write weights report what the system told them: safetensors and torch.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -28,25 +33,30 @@ _TORCH_FAILED = ("file write failed", "PytorchStreamWriter failed", "unexpected 
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, keep: Iterable[Path] = ()
+) -> Iterator[Path]:
     """A new folder to fill; it appears at ``path`` when the block ends without an error.
 
     Args:
         path: where it will stand. Missing parents are made; an empty folder there is replaced.
-        overwrite: replace a folder that is not empty. The old one stays until the new one is whole.
+        overwrite: replace a folder that bioinit wrote. The old one stays until the new one is
+            whole.
+        keep: files and folders that this must leave alone; see :func:`require_free`.
 
     Raises:
         StorageError: something stands there already, another process is writing it, or the file
             system refuses. The partial folder is removed.
     """
-    final = Path(os.path.abspath(os.path.expanduser(path)))
+    kept = tuple(keep)
+    final = require_free(path, overwrite=overwrite, keep=kept)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, f"make the folder {final.parent}") from error
     with _lock(final):
         _recover(final)
-        _require_free(final, overwrite)
+        require_free(final, overwrite=overwrite, keep=kept)
         partial = _hidden(final, "partial")
         try:
             try:
@@ -87,12 +97,28 @@ def _hidden(final: Path, kind: str) -> Path:
     return final.parent / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
 
 
-def _require_free(final: Path, overwrite: bool) -> None:
-    """Raise unless ``final`` may be written; asked again, by the rename itself, at the end."""
+def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Path] = ()) -> Path:
+    """The absolute ``path``, if a folder may be written there; nothing is changed.
+
+    Asked before anything is loaded, and again by :func:`atomic_folder` when it writes.
+
+    Args:
+        path: where the folder will stand; ``~`` is a home directory.
+        overwrite: whether a folder that bioinit wrote may be replaced.
+        keep: files and folders that are being read. What is written may not hold one of them, nor
+            lie in one.
+
+    Raises:
+        StorageError: something is there, or it would touch what is kept, or its parent cannot be
+            made or written.
+    """
+    final = Path(os.path.abspath(os.path.expanduser(path)))
+    _require_apart(final, keep)
     try:
         mode = os.lstat(final).st_mode
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, NotADirectoryError):
+        _require_writable(final.parent)
+        return final
     except OSError as error:
         raise disk_error(error, f"look at {final}") from error
     if not stat.S_ISDIR(mode):
@@ -101,14 +127,61 @@ def _require_free(final: Path, overwrite: bool) -> None:
             "another path, or remove it."
         )
     try:
-        is_empty = not any(final.iterdir())
+        held = sorted(os.listdir(final))
     except OSError as error:
         raise disk_error(error, f"look into {final}") from error
-    if not is_empty and not overwrite:
+    if not held:
+        _require_writable(final.parent)
+    elif not _is_ours(final):
+        more = f" and {len(held) - _NAMES_SHOWN} more" if len(held) > _NAMES_SHOWN else ""
         raise StorageError(
-            f"cannot write {final}: it exists and is not empty. Choose another path, or allow it "
-            "to be replaced with output.overwrite=true."
+            f"cannot write {final}: it is not empty and bioinit did not write it. It holds "
+            f"{', '.join(map(repr, held[:_NAMES_SHOWN]))}{more}, but no {RECEIPT} of bioinit. "
+            "Choose another folder, or remove this one by hand."
         )
+    elif not overwrite:
+        raise StorageError(
+            f"cannot write {final}: it is not empty, it holds what bioinit wrote before. Choose "
+            "another folder, or allow it to be replaced with output.overwrite=true."
+        )
+    else:
+        _require_writable(final.parent)
+    return final
+
+
+def _require_apart(final: Path, keep: Iterable[Path]) -> None:
+    real = Path(os.path.realpath(final))
+    for kept in keep:
+        place = Path(os.path.realpath(kept))
+        if real == place or real in place.parents or place in real.parents:
+            relation = (
+                "is" if real == place else "holds" if real in place.parents else "lies inside"
+            )
+            raise StorageError(
+                f"cannot write {final}: it {relation} the checkpoint that is being read, {kept}. "
+                "Choose an output_dir that stands apart from it."
+            )
+
+
+def _require_writable(parent: Path) -> None:
+    """Whether ``parent``, or what of it exists, takes a new folder."""
+    nearest = parent
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        reason = OSError(errno.ENOTDIR, "")
+        raise disk_error(reason, f"make the folder {parent}, since {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise disk_error(OSError(errno.EACCES, ""), f"write in {nearest}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a receipt in ``folder`` says that bioinit wrote it."""
+    try:
+        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(receipt, dict) and "bioinit" in receipt
 
 
 def _flush(folder: Path) -> None:
@@ -141,6 +214,7 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
                 f"cannot write {final}: something was written there in the meantime. Choose "
                 "another path, or allow it to be replaced with output.overwrite=true."
             ) from error
+        require_free(final, overwrite=True)
         old = _hidden(final, "old")
         os.rename(final, old)
         try:
