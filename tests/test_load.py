@@ -391,3 +391,22 @@ def test_a_model_can_be_trained_after_loading(stored):
     model.head(model.layers[0](model.embed(torch.tensor([1, 2])))).sum().backward()
     optimizer.step()
     assert not torch.equal(model.head.bias, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_on_meta_is_loaded_onto_a_gpu(stored, dtype):
+    path, state = stored
+    model = on_meta(dtype)
+    bioinit.load_weights(model, path, device="cuda")
+    assert all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
+    for key, wanted in state.items():
+        wanted = wanted.to(dtype) if wanted.is_floating_point() else wanted
+        assert torch.equal(model.state_dict()[key].cpu(), wanted), key
+
+
+@pytest.mark.gpu
+def test_new_parameters_on_a_gpu_leave_its_random_state_alone(stored):
+    before = torch.cuda.get_rng_state()
+    bioinit.load_weights(on_meta(), stored[0], skip_prefixes=("wide",), device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
