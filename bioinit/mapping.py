@@ -8,7 +8,7 @@ look-up; only patterns whose wildcards stand for other than numbers are tried on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,14 @@ class Names(NamedTuple):
     disk: Mapping
     memory: Mapping
     conversions: tuple[Conversion, ...] = ()
+
+    def with_sources(self, stored_as: dict[str, str]) -> Names:
+        """With conversions that read stored names, given the stored name of each spelled one."""
+        read = (
+            replace(c, sources=tuple(stored_as[name] for name in c.sources))
+            for c in self.conversions
+        )
+        return self._replace(conversions=tuple(read))
 
 
 def _is_identity(rule: Rule) -> bool:

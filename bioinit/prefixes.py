@@ -2,10 +2,12 @@
 
 Training wrappers put segments into every key (``module.``, ``_orig_mod.``), and a body saved alone
 lacks the segment that its head model has (``bert.``). Both are solved from the names themselves:
-every way to take one prefix off and put one on is scored by how many stored names the model then
-knows. One best way is applied and said; two equally good ways are refused with their scores.
+ways to take one prefix off and put one on are scored by how many stored names the model then knows,
+asked anew for each way, since a dialect may rename what is spelled rightly and nothing else. One
+best way is applied and said; two equally good ways are refused with their scores.
 
->>> found = solve(["module.encoder.w", "module.encoder.b"], {"encoder.w", "encoder.b"}.__contains__)
+>>> keys = {"encoder.w", "encoder.b"}
+>>> found = solve(["module.encoder.w", "module.encoder.b"], keys.intersection, keys)
 >>> found.spell("module.encoder.w"), found.note
 ('encoder.w', "stored names are read without 'module.' in front: 2 of 2 match, 0 as they are")
 """
@@ -21,7 +23,16 @@ from bioinit.keys import template
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that wrappers put anywhere into a name; no architecture uses them for itself."""
 
+Known = Callable[[Mapping[str, str]], Collection[str]]
+"""Given names as a checkpoint might spell them, each with the stored name that it is a spelling of:
+those that the model wants. All are asked at once, because a dialect may rename by what else there
+is."""
+
+Change = tuple[str, str]
+"""What is taken off the front of a name, and what is put there."""
+
 _DEEPEST = 3
+_MOST_TRIED = 12
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Spelling:
     ``note`` is the sentence the plan prints, empty when names are read as they are.
     """
 
-    changes: Mapping[str, tuple[str, str]]
+    changes: Mapping[str, Change]
     unwraps: bool = False
     note: str = ""
 
@@ -48,14 +59,12 @@ class Spelling:
 AS_STORED = Spelling({})
 
 
-def solve(
-    stored: Sequence[str], knows: Callable[[str], bool], model_keys: Collection[str] = ()
-) -> Spelling:
+def solve(stored: Sequence[str], known: Known, model_keys: Collection[str] = ()) -> Spelling:
     """The one prefix change under which the model knows the most of the stored names.
 
     Args:
         stored: names in the checkpoint.
-        knows: whether the model wants a tensor of this name, as the disk dialect spells it.
+        known: which names the model wants, as the disk dialect spells them; see :data:`Known`.
         model_keys: names whose leading segments are tried as prefixes to put in front.
 
     Raises:
@@ -66,53 +75,104 @@ def solve(
     unwraps = any(WRAPPERS.intersection(name.split(".")) for name in stored) and not any(
         WRAPPERS.intersection(key.split(".")) for key in model_keys
     )
-    names = [_unwrapped(name) for name in stored] if unwraps else list(stored)
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(template(name), []).append(name)
-    known_as_is = {kind for kind, members in kinds.items() if knows(members[0])}
-    before = sum(len(kinds[kind]) for kind in known_as_is)
-    rest = {kind: members for kind, members in kinds.items() if kind not in known_as_is}
-    scored: dict[tuple[str, str], dict[str, int]] = {}
-    if rest:
-        strips = {"", *_fronts(members[0] for members in rest.values())}
-        adds = {"", *_fronts(set(map(template, model_keys)))}
-        for strip in strips:
-            for add in adds:
-                matched = {
-                    kind: len(members)
-                    for kind, members in rest.items()
-                    if members[0].startswith(strip) and knows(add + members[0].removeprefix(strip))
-                }
-                if matched and strip != add:
-                    scored[strip, add] = matched
+    kinds: dict[str, _Kind] = {}
+    for name in stored:
+        read = _unwrapped(name) if unwraps else name
+        kind = template(read)
+        if kind in kinds:
+            kinds[kind].count += 1
+        else:
+            kinds[kind] = _Kind(name, read)
+    found = known({kind.read: kind.name for kind in kinds.values()})
+    fitting = {text for text, kind in kinds.items() if kind.read in found}
+    before = sum(kinds[text].count for text in fitting)
     wrapped = "without the segments of training wrappers" if unwraps else ""
-    if not scored:
-        return Spelling({}, unwraps, f"stored names are read {wrapped}" if unwraps else "")
-    best = max(sum(matched.values()) for matched in scored.values())
-    winners = [change for change, matched in scored.items() if sum(matched.values()) == best]
-    results = {
-        tuple(sorted(add + kind.removeprefix(strip) for kind in scored[strip, add])): (strip, add)
-        for strip, add in winners
-    }
-    if best <= before:  # a minority of names that would also match elsewhere proves nothing
-        return Spelling({}, unwraps, f"stored names are read {wrapped}" if unwraps else "")
-    if len(results) > 1:
-        listed = "; ".join(f"{_said(change)}: {best} match" for change in sorted(winners))
+    as_read = Spelling({}, unwraps, f"stored names are read {wrapped}" if unwraps else "")
+    if len(fitting) == len(kinds):
+        return as_read
+    tried = [_Try(change, kinds, fitting, known) for change in _changes(kinds, fitting, model_keys)]
+    # A minority of names that would also match elsewhere proves nothing.
+    tried = [each for each in tried if each.gained and each.matched > before]
+    if not tried:
+        return as_read
+    best = max(each.gain for each in tried)
+    winners = [each for each in tried if each.gain == best]
+    if len({each.leads_to for each in winners}) > 1:
+        listed = "; ".join(
+            f"{_said(each.change)}: {each.matched} match"
+            for each in sorted(winners, key=lambda each: each.change)
+        )
         raise AmbiguousFormat(
             f"the stored names fit the model in more than one way ({listed}; {before} of "
-            f"{len(names)} match as they are). Rename them, or say which with "
+            f"{len(stored)} match as they are). Rename them, or say which with "
             "bioinit.load_weights(..., mapping={'**': 'prefix.**'})."
         )
-    strip, add = min(winners, key=lambda change: (len(change[0]) + len(change[1]), change))
+    winner = min(winners, key=lambda each: (len("".join(each.change)), each.change))
     note = (
-        f"stored names are read {wrapped + ' and ' if wrapped else ''}{_said((strip, add))}: "
-        f"{best + before} of {len(names)} match, {before} as they are"
+        f"stored names are read {wrapped + ' and ' if wrapped else ''}{_said(winner.change)}: "
+        f"{winner.gain + before} of {len(stored)} match, {before} as they are"
     )
-    return Spelling(dict.fromkeys(scored[strip, add], (strip, add)), unwraps, note)
+    return Spelling(dict.fromkeys(winner.changed, winner.change), unwraps, note)
 
 
-def _said(change: tuple[str, str]) -> str:
+@dataclass
+class _Kind:
+    """Stored names of one template: one of them, how it is read without wrappers, how many."""
+
+    name: str
+    read: str
+    count: int = 1
+
+
+class _Try:
+    """What becomes of all kinds of names under one change."""
+
+    def __init__(
+        self, change: Change, kinds: Mapping[str, _Kind], fitting: Collection[str], known: Known
+    ) -> None:
+        strip, add = self.change = change
+        after = {
+            text: add + kind.read.removeprefix(strip)
+            for text, kind in kinds.items()
+            if kind.read.startswith(strip)
+        }
+        for text, name in tuple(after.items()):
+            taken = template(name)
+            if taken in fitting and not (strip and taken.startswith(strip)):
+                del after[text]  # the checkpoint holds that name, and the model knows it
+        found = known({name: kinds[text].name for text, name in after.items()})
+        matching = {text for text, name in after.items() if name in found}
+        self.matched = sum(kinds[text].count for text in matching)
+        self.gained = matching.difference(fitting)
+        self.gain = sum(kinds[text].count for text in self.gained)
+        self.leads_to = frozenset(template(after[text]) for text in self.gained)
+        # What nobody knows either way follows the front that it has, if it has one.
+        self.changed = [
+            text for text in after if text in matching or (strip and text not in fitting)
+        ]
+
+
+def _changes(
+    kinds: Mapping[str, _Kind], fitting: Collection[str], model_keys: Collection[str]
+) -> Sequence[Change]:
+    """The changes that are worth trying, by how many names they turn into keys of the model."""
+    live = set(map(template, model_keys))
+    rest = {text: kind for text, kind in kinds.items() if text not in fitting}
+    strips = {"", *_fronts(kind.read for kind in rest.values())}
+    adds = {"", *_fronts(live)}
+    promise: dict[Change, int] = {}
+    for strip in strips:
+        under = [
+            (text.removeprefix(strip), k) for text, k in rest.items() if text.startswith(strip)
+        ]
+        for add in adds:
+            if strip != add:
+                promise[strip, add] = sum(k.count for tail, k in under if add + tail in live)
+    order = sorted(promise, key=lambda c: (-promise[c], len("".join(c)), c))
+    return order[:_MOST_TRIED]
+
+
+def _said(change: Change) -> str:
     strip, add = change
     if not add:
         return f"without {strip!r} in front"

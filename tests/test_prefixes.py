@@ -10,7 +10,7 @@ BODY += ["embeddings.word.weight", "pooler.weight"]
 
 
 def solved(stored, model):
-    found = solve(stored, set(model).__contains__, model)
+    found = solve(stored, set(model).intersection, model)
     return [found.spell(name) for name in stored], found.note
 
 

@@ -47,6 +47,7 @@ class Prepared:
     backend: Backend
     checkpoint: Checkpoint | None
     plan: LoadPlan
+    spelling: Spelling
 
     @property
     def files(self) -> Sequence[File]:
@@ -55,6 +56,11 @@ class Prepared:
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         return {} if self.checkpoint is None else self.checkpoint.tensors
+
+    @property
+    def spelled_names(self) -> Sequence[str]:
+        """The stored names as the dialect spells them: without what wrappers added."""
+        return [self.spelling.spell(name) for name in self.tensors]
 
 
 @contextmanager
@@ -103,7 +109,9 @@ def prepare_module(
     words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
     planned = dataclasses.replace(planned, problems=tuple(words))
     config = TrainableModelConfig()
-    return Prepared(Run(), config, None, module, lambda: module, backend, checkpoint, planned)
+    return Prepared(
+        Run(), config, None, module, lambda: module, backend, checkpoint, planned, spelling
+    )
 
 
 def _describe_reset(module: nn.Module, key: str) -> str | None:
@@ -159,7 +167,9 @@ def _decide(
     planned = dataclasses.replace(
         planned, fields=merged.decisions, problems=(*merged.problems, *planned.problems)
     )
-    return Prepared(run, config, merged.record, module, make, backend, checkpoint, planned)
+    return Prepared(
+        run, config, merged.record, module, make, backend, checkpoint, planned, spelling
+    )
 
 
 def _family(record: fdl.Config[Run], run: Run) -> Family:
