@@ -160,14 +160,28 @@ def _each_job(arguments: argparse.Namespace, run: Callable[[fdl.Config[Run]], Ou
             _say(f"job {job.number}: recipe={' '.join([job.recipe, *job.overrides])}")
             if record.output_dir is not None:
                 record.output_dir = os.path.join(record.output_dir, str(job.number))
-        outcome = run(record)
+        outcome = run(record) if job.number is None else _guarded(run, record, job.number)
         documents.append(outcome.document)
-        if not arguments.json:
+        if not arguments.json and outcome.text:
             print(outcome.text, flush=True)
         code = code or outcome.code
     if arguments.json:
         _print_json(documents if arguments.multirun else documents[0])
     return code
+
+
+def _guarded(
+    run: Callable[[fdl.Config[Run]], Outcome], record: fdl.Config[Run], number: int
+) -> Outcome:
+    """One job of several: an error is its outcome, and the other jobs go on."""
+    from bioinit.errors import BioinitError
+
+    try:
+        return run(record)
+    except BioinitError as error:
+        message = str(error)
+        code = _failed(f"job {number}: {message}", error.exit_code)
+        return Outcome({"error": message, "exit_code": code}, "", code)
 
 
 def _plan_one(record: fdl.Config[Run]) -> Outcome:

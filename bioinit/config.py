@@ -134,6 +134,9 @@ class InitPolicy:
         _refuse_unsupported("init", vars(self))
 
 
+_DEVICES = ("cpu", "cuda")
+
+
 def _switch(value: Any) -> Any:
     """YAML reads a bare ``on`` or ``off`` as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -155,12 +158,15 @@ class Placement:
     def __post_init__(self) -> None:
         _refuse_unsupported("placement", vars(self))
         try:
-            torch.device(self.device or "cpu")
+            kind = torch.device(self.device or "cpu").type
         except RuntimeError:
+            kind = None
+        if kind not in _DEVICES:
             raise ConfigError(
-                f"device={self.device!r} names no device. Write cpu, cuda or cuda:0."
-            ) from None
-        if self.dtype is not None and not (self.dtype.is_floating_point or self.dtype.is_complex):
+                f"device={self.device!r} names no device that a model is loaded to. Write cpu, "
+                "cuda or cuda:0."
+            )
+        if self.dtype is not None and not self.dtype.is_floating_point:
             raise ConfigError(
                 f"dtype={self.dtype} cannot hold weights. Write bfloat16, float16 or float32."
             )

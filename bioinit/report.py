@@ -9,6 +9,7 @@ ranges, so a missing layer 5 shows as a gap.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -136,8 +137,27 @@ def problem_json(problem: Problem) -> dict[str, str]:
 
 
 def dumps(document: Any) -> str:
-    """One JSON document, keys in the order they were written."""
-    return json.dumps(document, indent=1, ensure_ascii=False, default=str)
+    """One JSON document, keys in the order they were written.
+
+    JSON has no word for infinity: such a float is spelled as a saved context spells it.
+
+    >>> print(dumps([float("-inf")]).replace(chr(10), ""))
+    [ {  "$float": "-inf" }]
+    """
+    said = _sayable(document)
+    return json.dumps(said, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(float(value))}
+    if isinstance(value, dict):
+        return {
+            repr(float(k)) if isinstance(k, float) else k: _sayable(v) for k, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_sayable(item) for item in value]
+    return value
 
 
 def human_bytes(count: int) -> str:

@@ -77,7 +77,8 @@ def verify(path: str | Path) -> list[dict[str, str]]:
         One entry per file, ``{"path", "status": "unchanged"}``, when nothing has changed.
 
     Raises:
-        CorruptCheckpoint: a file of the receipt changed or is missing, or the receipt is unusable.
+        CorruptCheckpoint: a file of the receipt changed or is missing, one was added that it does
+            not list, or the receipt is unusable.
         StorageError: there is no receipt.
     """
     folder = Folder.at(path)
@@ -102,6 +103,9 @@ def verify(path: str | Path) -> list[dict[str, str]]:
             digest = _digest(folder.path / name)
             status = "unchanged" if digest == entry["sha256"] else "changed"
         found.append({"path": name, "status": status})
+    known = {RECEIPT, *(entry["path"] for entry in found)}
+    added = (name for name in _files_in(folder.path) if name not in known)
+    found.extend({"path": name, "status": "added"} for name in added)
     wrong = [
         f"{entry['path']} {entry['status']}" for entry in found if entry["status"] != "unchanged"
     ]
@@ -113,16 +117,19 @@ def verify(path: str | Path) -> list[dict[str, str]]:
     return found
 
 
-def _digests(folder: Path) -> Iterator[dict[str, Any]]:
+def _files_in(folder: Path) -> Iterator[str]:
+    """Everything below ``folder`` that is no folder of its own, links too, in order."""
     for directory, inner, names in os.walk(folder):
         inner.sort()
-        for name in sorted(names):
-            file = Path(directory) / name
-            yield {
-                "path": file.relative_to(folder).as_posix(),
-                "bytes": file.stat().st_size,
-                "sha256": _digest(file),
-            }
+        links = (name for name in inner if os.path.islink(os.path.join(directory, name)))
+        for name in sorted((*names, *links)):
+            yield (Path(directory) / name).relative_to(folder).as_posix()
+
+
+def _digests(folder: Path) -> Iterator[dict[str, Any]]:
+    for name in _files_in(folder):
+        file = folder / name
+        yield {"path": name, "bytes": file.stat().st_size, "sha256": _digest(file)}
 
 
 def _digest(file: Path) -> str:

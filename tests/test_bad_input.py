@@ -277,13 +277,28 @@ class Evil:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_tries_to_run_code(run, ckpt, tmp_path, zipped):
-    marker = tmp_path / "ran"
+    marker, out = tmp_path / "ran", tmp_path / "out"
     file = ckpt / "bin" / "pytorch_model.bin"
     state = torch.load(file, weights_only=True)
     torch.save({**state, "evil": Evil(marker)}, file, _use_new_zipfile_serialization=zipped)
-    code, message = init(run, ckpt / "bin", "model.initial_ckpt_skip_keys_with_these_prefixes=[]")
+    code, message = init(run, ckpt / "bin", f"output_dir={out}")
     assert not marker.exists()
-    assert code in (0, CHECKPOINT), message
+    assert code == 0, message
+    notes = json.loads((out / "receipt.json").read_text())["notes"]
+    assert [note for note in notes if "run code: evil (posix.system)" in note]
+
+
+def test_what_is_left_out_is_named_in_the_plan(ckpt, tmp_path, capsys):
+    folder = ckpt / "bin_sharded"
+    (folder / "training_args.bin").write_bytes(b"x")
+    first, second, *_ = sorted(folder.glob("pytorch_model-*.bin"))
+    for file, name in ((first, "evil"), (second, "worse")):
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, name: Evil(tmp_path / "ran")}, file)
+    code = cli.main(["plan", "recipe=auto/as_saved", f"model.initial_ckpt_path={folder}"])
+    printed = capsys.readouterr().out
+    assert code == 0 and "evil (posix.system), worse (posix.system)" in printed
+    assert "training_args.bin (training state or an adapter)" in printed
 
 
 def test_a_tensor_that_needs_code_is_refused(run, ckpt, tmp_path):

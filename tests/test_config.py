@@ -96,8 +96,11 @@ def test_a_run_is_built_from_what_a_recipe_says() -> None:
         ({"init": {"seed": 1.5}}, "init.seed"),
         ({"init": {"check_finite": "maybe"}}, "init.check_finite"),
         ({"placement": {"dtype": "int8"}}, "cannot hold weights"),
+        ({"placement": {"dtype": "complex64"}}, "cannot hold weights"),
         ({"placement": {"dtype": "fp33"}}, "placement.dtype"),
         ({"placement": {"device": "gpu"}}, "placement: device='gpu'"),
+        ({"placement": {"device": "meta"}}, "placement: device='meta'"),
+        ({"placement": {"device": "cuda:x"}}, "Write cpu, cuda or cuda:0"),
         ({"output": {"overwrite": 3}}, "output.overwrite"),
         ({"origins": {}}, "origins"),
         ({"model": 3}, "model is 3"),
@@ -107,6 +110,10 @@ def test_what_no_run_can_mean_is_refused(tree: dict[str, Any], says: str) -> Non
     with pytest.raises(ConfigError) as error:
         build(make_record(Run, tree))
     assert says in str(error.value)
+
+
+def test_a_device_that_this_machine_lacks_may_be_planned_for() -> None:
+    assert Placement(device="cuda:9").device == "cuda:9"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bioinit import collector
-from bioinit.config import InitPolicy, Run, TrainableModelConfig
+from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
 from bioinit.contexts import open_checkpoint
 from bioinit.errors import ConfigError
 from bioinit.initialize.prepare import Prepared, prepare, prepare_module
@@ -97,11 +97,10 @@ def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Ini
     """
     with prepare(record) as prepared:
         run = prepared.run
+        device = _present(run.placement.device)
         raise_for(prepared.plan.problems, "the plan has")
         if run.output_dir is not None:
-            require_free(
-                run.output_dir, overwrite=run.output.overwrite, keep=_lying(prepared)
-            )
+            require_free(run.output_dir, overwrite=run.output.overwrite, keep=_lying(prepared))
         report = execute(
             prepared.plan,
             prepared.module,
@@ -110,10 +109,10 @@ def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Ini
             backend=prepared.backend,
             make=prepared.make,
             init=run.init,
-            device=torch.device(run.placement.device or "cpu"),
+            device=device,
             progress=_counted(progress, prepared.plan.bytes_to_read),
         ).raise_for_problems()
-        prepared.backend.remember(prepared.module, prepared.tensors.keys())
+        prepared.backend.remember(prepared.module, prepared.spelled_names)
         done = Initialized(prepared.module, prepared.config, prepared.plan, report, prepared)
         if run.output_dir is not None:
             done.save(run.output_dir, overwrite=run.output.overwrite)
@@ -155,6 +154,7 @@ def load_weights(
             f"skip_prefixes={skip_prefixes!r} is one text, and each of its letters would be a "
             f"prefix. Write a tuple: ({skip_prefixes!r},)."
         )
+    place = _present(None if device is None else str(device))
     init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
     with open_checkpoint(path) as checkpoint:
         with collector.paused():
@@ -168,9 +168,34 @@ def load_weights(
             backend=prepared.backend,
             make=prepared.make,
             init=init,
-            device=torch.device(device or "cpu"),
+            device=place,
             progress=_counted(progress, prepared.plan.bytes_to_read),
         ).raise_for_problems()
+
+
+def _present(device: str | None) -> torch.device:
+    """The device called so; the CPU if None.
+
+    Raises:
+        ConfigError: this machine has none of that name.
+    """
+    found = torch.device(Placement(device=device).device or "cpu")
+    if found.type == "cpu":
+        return found
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "was built without CUDA" if built is None else f"is built for CUDA {built}"
+        raise ConfigError(
+            f"device={device!r}, but torch sees no GPU here: torch {torch.__version__} {why}. Use "
+            "placement.device=cpu, or a machine with a GPU, its driver and a torch for CUDA."
+        )
+    count = torch.cuda.device_count()
+    if found.index is not None and found.index >= count:
+        raise ConfigError(
+            f"device={device!r}, but torch sees {count} GPU{'s' if count > 1 else ''} here, and "
+            f"they are counted from 0. Use cuda:{count - 1} or less."
+        )
+    return found
 
 
 def _lying(prepared: Prepared) -> tuple[Path, ...]:

@@ -103,7 +103,7 @@ def prepare_module(
         spelled=spelling.spell,
         skip_prefixes=skip_prefixes,
         dtype="module",
-        notes=_notes(spelling),
+        notes=_notes(checkpoint, spelling),
     )
     planned = _finished(planned, init, checkpoint, None, started)
     words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
@@ -161,7 +161,7 @@ def _decide(
         spelled=spelling.spell,
         skip_prefixes=config.initial_ckpt_skip_keys_with_these_prefixes,
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
-        notes=_notes(spelling, saved, merged.missing),
+        notes=_notes(checkpoint, spelling, saved, merged.missing),
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     planned = dataclasses.replace(
@@ -241,7 +241,10 @@ def _described(checkpoint: Checkpoint | None, family: str | None) -> dict[str, A
 
 
 def _notes(
-    spelling: Spelling, saved: ReadFields | None = None, missing: Sequence[str] = ()
+    checkpoint: Checkpoint | None,
+    spelling: Spelling,
+    saved: ReadFields | None = None,
+    missing: Sequence[str] = (),
 ) -> list[str]:
     notes = [spelling.note] if spelling.note else []
     if missing:
@@ -249,4 +252,18 @@ def _notes(
     unknown = [] if saved is None else [f.name for f in saved.account if f.fate == "unknown"]
     if unknown:
         notes.append(f"fields of the saved config that nobody knows: {', '.join(unknown)}")
+    refused = _left_out(checkpoint, "refused")
+    if refused:
+        notes.append(f"entries left out, since reading them would run code: {refused}")
+    ignored = _left_out(checkpoint, "ignored")
+    if ignored:
+        notes.append(f"files left out: {ignored}")
     return notes
+
+
+def _left_out(checkpoint: Checkpoint | None, what: str) -> str:
+    """Names and reasons that the readers noted under ``what``; one file or several said so."""
+    said = None if checkpoint is None else checkpoint.metadata.get(what)
+    parts = said if isinstance(said, tuple) else (said,)
+    found = {n: why for part in parts if isinstance(part, Mapping) for n, why in part.items()}
+    return ", ".join(f"{name} ({why})" for name, why in found.items())
