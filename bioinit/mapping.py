@@ -13,9 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from bioinit.errors import MappingError
 from bioinit.keys import Pattern, loosened, numbers, template
 from bioinit.layout import Box
 from bioinit.rules import Rule, rename
+
+_FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError)
+"""What operations of torch and of a library raise for a tensor that they cannot work on."""
 
 
 class Placed(NamedTuple):
@@ -86,16 +90,46 @@ class Mapping:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is not a move of elements: ``run`` computes ``target`` from ``sources``.
+    """A conversion that is not a move of elements: ``run`` makes all ``targets`` from ``sources``.
 
-    ``target`` is a key of the live model, ``sources`` are stored names in the order that ``run``
+    ``targets`` are keys of the live model, ``sources`` are stored names in the order that ``run``
     takes them; ``text`` names the operation for the plan and the receipt.
     """
 
-    target: str
+    targets: tuple[str, ...]
     sources: tuple[str, ...]
-    run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    run: Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]
     text: str
+
+    def convert(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What ``run`` makes of ``inputs``, by target; a target it does not make is absent.
+
+        Raises:
+            MappingError: the operation does not work on such tensors.
+        """
+        try:
+            return self.run(inputs)
+        except _FAILURES as error:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs[:4])
+            more = f" and {len(inputs) - 4} more" if inputs[4:] else ""
+            raise MappingError(
+                f"{self.text} cannot be carried out on tensors of {shapes}{more}: "
+                f"{type(error).__name__}: {error}. Correct the config field that sizes them."
+            ) from error
+
+    def foresee(self, like: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """``convert`` on meta, for shapes and dtypes; None if the operation reads values.
+
+        Raises:
+            MappingError: the operation does not work on such tensors.
+        """
+        try:
+            return self.convert([tensor.to("meta") for tensor in like])
+        except MappingError as error:
+            reads_values = isinstance(error.__cause__, NotImplementedError)
+            if reads_values or "meta tensor" in str(error.__cause__).lower():
+                return None
+            raise
 
 
 class Names(NamedTuple):

@@ -47,5 +47,5 @@ def execute(
                 )
         made[key] = target
     for conversion in names.conversions:
-        made[conversion.target] = conversion.run([stored[key] for key in conversion.sources])
+        made |= conversion.convert([stored[key] for key in conversion.sources])
     return made

@@ -19,14 +19,15 @@ from torch import nn
 from bioinit import collector
 from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
-from bioinit.errors import BioinitError, Problem
+from bioinit.errors import Problem
 from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import Pattern
 from bioinit.layout import fold, row_major
 from bioinit.load.initial import Watching, own_random_state, reset_parameters
 from bioinit.load.memory import allocate
 from bioinit.load.transfer import Job, Progress, Transfer
-from bioinit.plan import Copy, LoadPlan, TargetPlan, worker_count
+from bioinit.mapping import Conversion
+from bioinit.plan import Copy, LoadPlan, worker_count
 from bioinit.report import LoadReport, raise_for
 from bioinit.storage import File
 from bioinit.targets import Slot, held_strides, slots
@@ -171,49 +172,56 @@ class _Load:
         """Read everything the plan loads."""
         with collector.paused():
             converted = self._fill_runs(transfer)
-        for key, planned in converted:
-            self._touched.append(key)
-            self._convert(key, planned, transfer, stored)
+        for conversion, keys in converted:
+            self._touched.extend(keys)
+            self._convert(conversion, keys, transfer, stored)
 
-    def _fill_runs(self, transfer: Transfer) -> list[tuple[str, TargetPlan]]:
-        """Move everything that is a move; the rest is given back."""
+    def _fill_runs(self, transfer: Transfer) -> list[tuple[Conversion, list[str]]]:
+        """Move everything that is a move; conversions are given back, with what they are for."""
         jobs: list[Job] = []
-        converted: list[tuple[str, TargetPlan]] = []
+        converted: dict[int, tuple[Conversion, list[str]]] = {}
         for key, planned in self.plan.targets.items():
             if planned.conversion is not None:
-                converted.append((key, planned))
+                known = converted.setdefault(id(planned.conversion), (planned.conversion, []))
+                known[1].append(key)
             elif planned.copies:
                 self._touched.append(key)
                 tensor = self.live[key].detach()
                 jobs.extend(Job(copy, tensor) for copy in planned.copies)
         transfer.move(jobs)
-        return converted
+        return list(converted.values())
 
     def _convert(
         self,
-        key: str,
-        planned: TargetPlan,
+        conversion: Conversion,
+        keys: Sequence[str],
         transfer: Transfer,
         stored: Mapping[str, StoredTensor],
     ) -> None:
-        assert planned.conversion is not None
         inputs = []
         jobs: list[Job] = []
-        for name in planned.conversion.sources:
+        for name in conversion.sources:
             tensor = stored[name]
             whole = torch.empty(tensor.shape, dtype=tensor.dtype)
             jobs.extend(Job(copy, whole) for copy in whole_copies(tensor))
             inputs.append(whole)
         transfer.move(jobs)
-        target = self.live[key]
-        result = planned.conversion.run(inputs)
-        if tuple(result.shape) != tuple(target.shape):
-            raise BioinitError(
-                f"{planned.conversion.text} made {tuple(result.shape)} for {key!r}, which is "
-                f"{tuple(target.shape)}. Skip the tensor by its prefix, or report the architecture."
-            )
-        with torch.no_grad():
-            target.copy_(result)
+        made = conversion.convert(inputs)
+        for key in keys:
+            target, result = self.live[key], made.get(key)
+            # The plan foresees this but for operations that read values.
+            if result is None or result.shape != target.shape:
+                what = "nothing" if result is None else tuple(result.shape)
+                problem = Problem(
+                    "mismatch",
+                    key,
+                    f"{conversion.text} made {what} for {key!r}, which is {tuple(target.shape)}.",
+                    "Skip the tensor by its prefix, or report the architecture.",
+                )
+                raise_for([problem], "loading found")
+            else:
+                with torch.no_grad():
+                    target.copy_(result)
 
     def compare(self, transfer: Transfer) -> list[Problem]:
         """Hold further stored copies of a target against what was loaded."""

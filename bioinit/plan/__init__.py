@@ -72,7 +72,7 @@ def plan(
     spellings: dict[str, list[str]] = {}
     for target in model.targets.values():
         spellings.setdefault(target.tied_to or target.key, []).append(target.key)
-    conversions = {conversion.target: conversion for conversion in names.conversions}
+    conversions = {target: each for each in names.conversions for target in each.targets}
     for target in model.targets.values():
         if not target.persistent:
             continue
@@ -122,13 +122,15 @@ def _total(
     """Add up bytes and memory."""
     by_file: dict[int, int] = {}
     parameters = converting = 0
+    counted: set[int] = set()
     is_staged = False
     for planned in plans.values():
         parameters += numel(planned.claim.shape) * planned.dtype.itemsize
         for copy in planned.all_copies():
             by_file[copy.file] = by_file.get(copy.file, 0) + copy.bytes
             is_staged = is_staged or not copy.is_run(planned.dtype)
-        if planned.conversion is not None:
+        if planned.conversion is not None and id(planned.conversion) not in counted:
+            counted.add(id(planned.conversion))
             # The sources and what the conversion makes of them live side by side for a while.
             converting = max(converting, 2 * planned.claim.bytes)
             for name in planned.conversion.sources:

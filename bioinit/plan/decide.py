@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from bioinit.config import InitPolicy
-from bioinit.errors import Problem
+from bioinit.errors import MappingError, Problem
 from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import Pattern, suggestion
 from bioinit.layout import Dims, numel
@@ -37,6 +37,7 @@ class Decisions:
         self.init, self.dtype = init, dtype
         self.new = [Pattern(text) for text in init.new]
         self.problems: list[Problem] = []
+        self._foreseen: dict[int, Mapping[str, torch.Tensor] | str | None] = {}
         self._common = _common_dtype(sources.stored)
 
     def about(
@@ -132,6 +133,17 @@ class Decisions:
             return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
         self.sources.used.update(conversion.sources)
         dtypes = {stored[name].dtype: None for name in conversion.sources}
+        reason = self._misfit(target, conversion)
+        if reason is not None and self.init.on_mismatch == "init":
+            return self._unloaded(target, "initialized", f"init.on_mismatch=init: {reason}")
+        if reason is not None:
+            return self._problem(
+                target,
+                "mismatch",
+                f"{target.key!r} {shape_text(target.shape)} cannot be converted: {reason}",
+                f"Set the field that sizes it to the checkpoint's value, skip its prefix in "
+                f"{SKIP_LIST} or set init.on_mismatch=init.",
+            )
         final = self._final_dtype(target, tuple(dtypes))
         size = sum(numel(stored[n].shape) * stored[n].dtype.itemsize for n in conversion.sources)
         claim = claim_of(
@@ -144,6 +156,25 @@ class Decisions:
             cast=_cast(dtypes, final),
         )
         return TargetPlan(claim, final, conversion=conversion)
+
+    def _misfit(self, target: Target, conversion: Conversion) -> str | None:
+        """Why what a conversion makes is not ``target``; None if it is, or only a run can tell."""
+        if id(conversion) not in self._foreseen:
+            stored = [self.sources.stored[name] for name in conversion.sources]
+            like = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in stored]
+            try:
+                self._foreseen[id(conversion)] = conversion.foresee(like)
+            except MappingError as error:
+                self._foreseen[id(conversion)] = str(error)
+        made = self._foreseen[id(conversion)]
+        if made is None or isinstance(made, str):
+            return made
+        if target.key not in made:
+            return f"{conversion.text} does not make it."
+        shape, dtype = tuple(made[target.key].shape), made[target.key].dtype
+        if shape != target.shape or not _can_hold(target.dtype, dtype):
+            return f"{conversion.text} makes {shape_text(shape)} of {dtype_name(dtype)}."
+        return None
 
     def _missing(self, target: Target, part: Cover | None) -> TargetPlan:
         pattern = next((p.text for p in self.new if p.match(target.key) is not None), None)

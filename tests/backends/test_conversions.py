@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import save_file  # noqa: E402
 
+import bioinit  # noqa: E402
 from bioinit.backends import transformers as backend  # noqa: E402
 from bioinit.backends.transformers import conversions  # noqa: E402
 from bioinit.rules import Rule  # noqa: E402
@@ -268,7 +270,10 @@ def test_a_conversion_that_is_no_view_is_run_by_transformers(tmp_path, monkeypat
 
     monkeypatch.setattr(conversions, "run", unknown)
     names = backend.names(on_meta("MixtralForCausalLM"), shapes(stored))
-    assert {c.target.rpartition(".")[2] for c in names.conversions} == {"gate_up_proj", "down_proj"}
+    assert {t.rpartition(".")[2] for c in names.conversions for t in c.targets} == {
+        "gate_up_proj",
+        "down_proj",
+    }
     assert all("MergeModulelist" in c.text and "for the test" in c.text for c in names.conversions)
     assert_same(expected, execute(names, stored, expected.state_dict()), expected)
 
@@ -297,3 +302,84 @@ def test_every_rule_says_what_it_does(tmp_path):
     names = backend.names(on_meta("MixtralForCausalLM"), shapes(stored_in(tmp_path)))
     texts = {rule.text for rule in names.memory.rules if isinstance(rule, Rule)}
     assert any("MergeModulelist(dim=0), Concatenate(dim=1)" in t and "views" in t for t in texts)
+
+
+@pytest.fixture
+def never_a_view(monkeypatch):
+    """Every conversion is run on tensors, as those are that compute new values."""
+
+    def unknown(*args):
+        raise conversions.Inexpressible("for the test")
+
+    monkeypatch.setattr(conversions, "run", unknown)
+
+
+def record_for(folder, *overrides):
+    return bioinit.compose("auto/as_saved", [f"model.initial_ckpt_path={folder}", *overrides])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_a_conversion_that_is_run_reads_stored_names_whatever_is_in_front(
+    tmp_path, never_a_view, prefix
+):
+    expected = written(tmp_path / "plain", "MixtralForCausalLM")
+    stored = stored_in(tmp_path / "plain")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text((tmp_path / "plain/config.json").read_text())
+    save_file({prefix + k: v for k, v in stored.items()}, tmp_path / "in" / "model.safetensors")
+    done = bioinit.initialize(record_for(tmp_path / "in"))
+    assert any(c.rule.startswith("run MergeModulelist") for c in done.report.claims)
+    assert done.plan.bytes_to_read == sum(t.numel() * t.itemsize for t in stored.values())
+    state = expected.state_dict()
+    assert all(torch.equal(t, state[k]) for k, t in done.model.state_dict().items())
+
+
+@pytest.mark.parametrize("field", ["intermediate_size=20", "num_local_experts=5"])
+def test_a_conversion_that_would_make_another_shape_is_a_problem_of_the_plan(
+    tmp_path, never_a_view, field
+):
+    written(tmp_path, "MixtralForCausalLM")
+    overrides = [f"model.{field}", "init.on_conflict=recipe"]
+    plan = bioinit.plan(record_for(tmp_path, *overrides))
+    kinds = {p.key.rpartition(".")[2]: p.kind for p in plan.problems}
+    assert kinds["gate_up_proj"] == kinds["down_proj"] == "mismatch"
+    plan = bioinit.plan(record_for(tmp_path, *overrides, "init.on_mismatch=init"))
+    assert not [p for p in plan.problems if "_proj" in p.key]
+
+
+def test_a_conversion_that_fails_on_such_tensors_is_a_problem_of_the_plan(tmp_path, never_a_view):
+    written(tmp_path, "MixtralForCausalLM")
+    stored = stored_in(tmp_path)
+    key = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    save_file(stored | {key: torch.zeros(3, 5)}, tmp_path / "model.safetensors")
+    [problem] = bioinit.plan(record_for(tmp_path)).problems
+    assert problem.kind == "mismatch" and problem.key == "model.layers.1.mlp.experts.down_proj"
+    assert "MergeModulelist" in problem.message
+
+
+def test_a_conversion_with_several_targets_is_run_once(tmp_path, never_a_view, monkeypatch):
+    original = conversions._fresh
+    library = conversions.library
+    fused = library.WeightConverter(
+        "mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [library.Chunk(0)]
+    )
+    monkeypatch.setattr(conversions, "_fresh", lambda model: [fused, *original(model)])
+    ran = []
+    convert = library.WeightConverter.convert
+    monkeypatch.setattr(
+        library.WeightConverter, "convert", lambda self, live, **k: ran.append(live)
+        or convert(self, live, **k),
+    )  # fmt: skip
+    expected = written(tmp_path, "GemmaForCausalLM").state_dict()
+    stored = dict(expected)
+    for i in range(2):
+        gate, up = (stored.pop(f"model.layers.{i}.mlp.{n}_proj.weight") for n in ("gate", "up"))
+        stored[f"model.layers.{i}.mlp.gate_up.weight"] = torch.cat([gate, up])
+    stored.pop("lm_head.weight", None)
+    save_file(stored, tmp_path / "model.safetensors")
+    ran.clear()
+    done = bioinit.initialize(record_for(tmp_path))
+    assert len(ran) == 4, "once on meta for the plan and once for the values, per layer"
+    size = sum(t.numel() * t.itemsize for t in stored.values())
+    assert done.report.bytes_read == done.plan.bytes_to_read == size
+    assert all(torch.equal(t, expected[k]) for k, t in done.model.state_dict().items())

@@ -13,7 +13,6 @@ each time and its version is capped.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -357,7 +356,7 @@ def _views_one_by_one(
         try:
             rules = _rules(table, converter, collected, escape(live), live)
         except Inexpressible as reason:
-            conversions += _run_on_tensors(table, converter, by_pattern, live, str(reason))
+            conversions.append(_run_on_tensors(table, converter, by_pattern, live, str(reason)))
         else:
             disk += rules[0]
             memory += rules[1]
@@ -366,25 +365,21 @@ def _views_one_by_one(
 
 def _run_on_tensors(
     table: Library, converter: Any, by_pattern: Mapping[str, list[str]], live: str, reason: str
-) -> Iterable[Conversion]:
-    """Conversions that let transformers' own operations compute ``live`` and its siblings."""
+) -> Conversion:
+    """The conversion that lets transformers' own operations compute ``live`` and its siblings."""
     order = [(pattern, key) for pattern, keys in by_pattern.items() for key in keys]
     fresh = deepcopy(converter)
 
-    def compute(target: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def compute(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         running = deepcopy(fresh)
         for (pattern, key), tensor in zip(order, tensors, strict=True):
             running.add_tensor(live, key, pattern, tensor)
-        made = running.convert(live, model=table.model, config=table.model.config)
-        result: Any = made[target]
-        computed: torch.Tensor = result[0] if isinstance(result, list) else result
-        return computed
+        made: dict[str, Any] = running.convert(live, model=table.model, config=table.model.config)
+        return {k: value[0] if isinstance(value, list) else value for k, value in made.items()}
 
     around = next((live.partition(p) for p in converter.target_patterns if p in live), None)
     targets = (
         [live] if around is None else [around[0] + p + around[2] for p in converter.target_patterns]
     )
-    text = f"run {', '.join(map(repr, converter.operations))} of transformers ({reason})"
-    for target in targets:
-        order_of_keys = tuple(key for _, key in order)
-        yield Conversion(target, order_of_keys, functools.partial(compute, target), text)
+    text = f"{', '.join(map(repr, converter.operations))} of transformers ({reason})"
+    return Conversion(tuple(targets), tuple(key for _, key in order), compute, text)
