@@ -259,6 +259,46 @@ def test_a_mistake_in_the_last_job_stops_the_first(run, checkpoint, tmp_path):
     assert code == 2 and "sometimes" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["init", "plan"])
+def test_a_job_that_fails_does_not_take_the_others_with_it(run, checkpoint, tmp_path, verb):
+    sweep = words(checkpoint, f"output_dir={tmp_path}")
+    sweep[0] = "recipe=bert/token_classification,esm2/token_classification"
+    code, out, err = run(verb, *sweep, "--multirun", "--json")
+    failed, done = json.loads(out)
+    assert code == failed["exit_code"] == 2 and "not of the family 'bert'" in failed["error"]
+    assert f"bioinit: job 0: {failed['error']}" in err
+    assert done["tensors"] and not done["problems"]
+    assert [p.name for p in tmp_path.iterdir()] == (["1"] if verb == "init" else [])
+
+
+def test_the_first_code_that_is_not_0_is_that_of_all_jobs(run, checkpoint):
+    prefixes = "model.initial_ckpt_skip_keys_with_these_prefixes=[classifier],[nothing]"
+    sweep = words(checkpoint, prefixes)
+    sweep[0] = "recipe=esm2/token_classification,bert/token_classification"
+    code, out, err = run("init", *sweep, "--multirun")
+    assert code == 3 and out.count("checkpoint  ") == 1 and "Traceback" not in err
+    assert "job 1: the plan has" in err and "job 3: " in err
+
+
+@pytest.mark.parametrize("verb", ["init", "plan"])
+@pytest.mark.parametrize(("count", "said"), [(0, "placement.device=cpu"), (2, "cuda:1 or less")])
+def test_a_device_that_is_not_there_stops_only_init(
+    run, checkpoint, monkeypatch, verb, count, said
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    code, _, err = run(verb, *words(checkpoint, "placement.device=cuda:9"))
+    assert code == (2 if verb == "init" else 0), err
+    assert verb == "plan" or ("device='cuda:9'" in err and said in err)
+
+
+def test_no_module_is_loaded_to_a_device_that_is_not_there(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", torch.device("cuda:0"), "meta", "gpu"):
+        with pytest.raises(bioinit.ConfigError, match="device="):
+            bioinit.load_weights(torch.nn.Linear(1, 1), checkpoint, device=device)
+
+
 def test_the_bar_is_for_terminals_only(run, checkpoint, monkeypatch, capsys):
     assert run("init", *words(checkpoint))[2].count("\n") == 1
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

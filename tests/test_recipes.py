@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import bioinit
 from bioinit import families, recipe
 from bioinit.config import InitPolicy, Output, Placement
 from bioinit.keys import Pattern, SkipPrefix
 from bioinit.recipe import sources
+from tests.checkpoints import MODELS, write
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -16,6 +18,8 @@ PRESETS = sorted((ROOT / "conf").rglob("*.yaml"))
 TASKS = (
     "masked_lm causal_lm sequence_classification token_classification regression as_saved".split()
 )
+WITHOUT = {"masked_lm": ("llama", "mixtral", "gpt_neox"), "causal_lm": ("esm2",)}
+PREFIXES = "initial_ckpt_skip_keys_with_these_prefixes"
 each_recipe = pytest.mark.parametrize("name", sources.names())
 each_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 
@@ -42,13 +46,41 @@ def test_a_recipe_says_in_one_line_what_it_is_for(name):
     assert 20 < len(sources.summary(sources.find(name))) < 100
 
 
-@each_recipe
-def test_a_recipe_writes_patterns_and_prefixes_that_can_match(name):
-    tree = recipe.compose_tree(name).tree
-    prefixes = tree.get("model", {}).get("initial_ckpt_skip_keys_with_these_prefixes", [])
-    assert all(SkipPrefix(prefix).matches(f"{prefix}.weight") for prefix in prefixes)
-    patterns = tree.get("init", {}).get("new", [])
-    assert all(Pattern(p).match(p.replace("**", "a.b").replace("*", "a")) for p in patterns)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One tiny model of every kind, as transformers writes it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in MODELS:
+        write(root / name, name)
+    return {name: root / name / "safetensors" for name in MODELS}
+
+
+def fitting():
+    """Every recipe with every tiny checkpoint that it is for."""
+    for name in sources.names():
+        family, task = name.split("/")
+        for model in MODELS if family == "auto" else (family,):
+            if model in WITHOUT.get(task, ()):
+                continue
+            yield name, model
+
+
+@pytest.mark.parametrize(("name", "model"), list(fitting()))
+def test_a_recipe_starts_a_fitting_checkpoint_and_each_of_its_names_is_one(
+    checkpoints, name, model
+):
+    words = [f"model.initial_ckpt_path={checkpoints[model]}"]
+    if name.endswith("_classification"):
+        words.append("model.num_labels=3")
+    record = recipe.compose(name, words)
+    planned = bioinit.plan(record)
+    assert not planned.problems
+    keys = [claim.key for claim in planned.tensors]
+    for prefix in recipe.compose_tree(name, words).tree["model"].get(PREFIXES, ()):
+        assert any(SkipPrefix(prefix).matches(key) for key in keys), prefix
+    if record.family != "auto":  # whose patterns are for heads of many architectures
+        for pattern in record.init.new:
+            assert any(Pattern(pattern).match(key) is not None for key in keys), pattern
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
