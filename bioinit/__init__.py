@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         derived,
         own,
     )
-    from bioinit.contexts import Checkpoint, load_context, open_checkpoint
+    from bioinit.contexts import Checkpoint, load_context
     from bioinit.errors import (
         AmbiguousFormat,
         BioinitError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnfinishedCheckpoint,
         UnknownFormat,
     )
+    from bioinit.families import open_checkpoint
     from bioinit.initialize import Initialized, initialize, load_weights, plan
     from bioinit.integrations import partial
     from bioinit.plan import LoadPlan
@@ -86,9 +87,10 @@ _HOME = {
     name: f"bioinit.{room}"
     for room, names in {
         "config": "InitPolicy Output Placement Run TrainableModelConfig derived own",
-        "contexts": "Checkpoint load_context open_checkpoint",
+        "contexts": "Checkpoint load_context",
         "errors": "AmbiguousFormat BioinitError CheckpointError ConfigError CorruptCheckpoint "
         "MappingError PlanError RefusedCheckpoint StorageError UnfinishedCheckpoint UnknownFormat",
+        "families": "open_checkpoint",
         "initialize": "Initialized initialize load_weights plan",
         "integrations": "partial",
         "plan": "LoadPlan",

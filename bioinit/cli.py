@@ -229,7 +229,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from bioinit.contexts import open_checkpoint
+    from bioinit.families import open_checkpoint
 
     with open_checkpoint(arguments.checkpoint) as checkpoint:
         document = _described(checkpoint, arguments.tensors)
@@ -252,8 +252,6 @@ def _described(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
         counts["bytes"] += numel(tensor.shape) * tensor.dtype.itemsize
     context = checkpoint.context
     family = families.find(context, checkpoint.tensors)
-    if family is not None:
-        checkpoint.dialect = families.load(family).dialect_of(checkpoint.tensors)
     document: dict[str, Any] = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,

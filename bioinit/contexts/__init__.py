@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bioinit import formats
-from bioinit.contexts.checkpoint import Checkpoint
+from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
 from bioinit.keys import suggestion
@@ -92,11 +92,12 @@ def find(folder: Folder) -> Context | None:
     return replace(found[0], beside=tuple(found[1:]), carried=tuple(carried))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, whose: Whose | None = None) -> Checkpoint:
     """Open a checkpoint: its headers and its saved config, no weight byte.
 
     Args:
         path: a local folder or file.
+        whose: who is asked for the dialect; see :func:`bioinit.families.open_checkpoint`.
 
     Raises:
         StorageError: there is nothing at ``path``, or it is not local.
@@ -111,7 +112,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         folder.close()
         raise
-    return Checkpoint(folder, format_name, contents, context)
+    return Checkpoint(folder, format_name, contents, context, whose)
 
 
 def load_context(path: str | Path, subpath: str | None = None) -> Any:

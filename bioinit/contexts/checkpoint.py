@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ from bioinit.keys import suggestion
 from bioinit.layout import Box, Dims, intersect, numel, row_major
 from bioinit.storage import File, Folder
 
+Whose = Callable[[Context | None, Collection[str]], str | None]
+"""Given the saved config and the stored names, the dialect that spells them."""
+
 Region = tuple[Dims, Dims]
 """Offsets and sizes, one of each per dim."""
 
@@ -25,18 +28,24 @@ Region = tuple[Dims, Dims]
 class Checkpoint:
     """A checkpoint whose headers are read and whose weights are not. A context manager.
 
-    ``dialect`` is None until somebody who knows the names (a family) has said whose they are.
+    ``whose`` says whose spelling its names are, when somebody asks; who opens it has to know that,
+    since the families stand above this room.
     """
 
     def __init__(
-        self, folder: Folder, format_name: str, contents: Contents, context: Context | None
+        self,
+        folder: Folder,
+        format_name: str,
+        contents: Contents,
+        context: Context | None,
+        whose: Whose | None = None,
     ) -> None:
         self.folder = folder
         self.path: Path = folder.path
         self.format = format_name
-        self.dialect: str | None = None
         self.context = context
         self._contents = contents
+        self._whose = whose
         self._digest: str | None = None
 
     def __repr__(self) -> str:
@@ -54,6 +63,11 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def dialect(self) -> str | None:
+        """Whose spelling the names are, ``hf`` for example; None if nobody knows."""
+        return None if self._whose is None else self._whose(self.context, self.tensors)
 
     @property
     def files(self) -> tuple[File, ...]:

@@ -10,15 +10,17 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bioinit import backends
+from bioinit import backends, contexts
 from bioinit.backends.protocol import Backend
 from bioinit.config import TrainableModelConfig
+from bioinit.contexts import Checkpoint
 from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family, ReadFields, SourceField, read_ours
@@ -28,7 +30,16 @@ from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
 from bioinit.record import SavedField, label, specs
 
-__all__ = ["Family", "find", "load", "names", "of_config", "of_module"]
+__all__ = [
+    "Family",
+    "dialect_of",
+    "find",
+    "load",
+    "names",
+    "of_config",
+    "of_module",
+    "open_checkpoint",
+]
 
 GROUP = "bioinit.families"
 _ANYTHING = "auto"
@@ -76,6 +87,26 @@ def find(context: Context | None, stored: Iterable[str]) -> str | None:
         if load(name).recognizes(context):
             return name
     return None
+
+
+def dialect_of(context: Context | None, stored: Collection[str]) -> str | None:
+    """Whose spelling the names of a checkpoint are, or None if no family knows it."""
+    name = find(context, stored)
+    # A saved config decides about the family even where no name has a mark of its own.
+    return None if name is None else load(name).dialect_of(stored) or "hf"
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: its headers and its saved config, no weight byte.
+
+    Args:
+        path: a local folder or file.
+
+    Raises:
+        StorageError: there is nothing at ``path``, or it is not local.
+        CheckpointError: what is there cannot be used; the message says why and what to do.
+    """
+    return contexts.open_checkpoint(path, whose=dialect_of)
 
 
 def of_config(cls: type[TrainableModelConfig]) -> Family:

@@ -14,8 +14,8 @@ from torch import nn
 
 from bioinit import collector
 from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
-from bioinit.contexts import open_checkpoint
 from bioinit.errors import ConfigError
+from bioinit.families import open_checkpoint
 from bioinit.initialize.prepare import Prepared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.mapping import Mapping as NameMapping

@@ -16,7 +16,7 @@ from torch import nn
 from bioinit import collector, families
 from bioinit.backends.protocol import Backend, Make
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
-from bioinit.contexts import Checkpoint, open_checkpoint
+from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, Problem
 from bioinit.families.protocol import Family, ReadFields
 from bioinit.formats.protocol import StoredTensor
@@ -73,7 +73,7 @@ def prepare(record: fdl.Config[Run]) -> Iterator[Prepared]:
     if path is None:
         yield _decide(record, run, None, started)
         return
-    with open_checkpoint(path) as checkpoint:
+    with families.open_checkpoint(path) as checkpoint:
         with collector.paused():
             prepared = _decide(record, run, checkpoint, started)
         yield prepared

@@ -86,13 +86,12 @@ def names_of_family(
     """The tables of a family for this checkpoint, and how its names are spelled."""
     if checkpoint is None:
         return family.names(config, module, "hf", {}), AS_STORED
-    dialect = family.dialect_of(checkpoint.tensors)
-    checkpoint.dialect = dialect or "hf"
+    dialect = family.dialect_of(checkpoint.tensors) or "hf"
     return _names(
         module,
         targets,
         checkpoint,
-        lambda live, shapes: family.names(config, live, dialect or "hf", shapes),
+        lambda live, shapes: family.names(config, live, dialect, shapes),
     )
 
 
