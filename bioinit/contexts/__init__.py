@@ -6,13 +6,9 @@ packages add more through the entry-point group ``bioinit.contexts``.
 
 from __future__ import annotations
 
-import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +17,15 @@ from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
 from bioinit.keys import suggestion
+from bioinit.siblings import Siblings
 from bioinit.storage import Folder
 
 __all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint"]
 
-GROUP = "bioinit.contexts"
-_NOT_KINDS = {"protocol", "checkpoint"}
+SIBLINGS = Siblings(
+    __name__, __path__, "CONTEXT", ContextKind, "kind of saved config", apart=("checkpoint",)
+)
+names, load = SIBLINGS.names, SIBLINGS.load
 _URI = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _DOWNLOADS = {
     "hf": "hf download ORG/NAME --local-dir DIR",
@@ -36,55 +35,13 @@ _DOWNLOADS = {
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|nemo)(\.index\.json)?$")
 
 
-def names() -> tuple[str, ...]:
-    """The names of all kinds of saved config: files of this folder, then entry points."""
-    return (*_siblings(), *(name for name in _plug_ins() if name not in _siblings()))
-
-
-def load(name: str) -> ContextKind:
-    """The kind of saved config called ``name``, imported now.
-
-    Raises:
-        ConfigError: there is none of that name, or a plug-in that has it is not usable.
-    """
-    if name in _siblings():
-        kind = import_module(f"{__name__}.{name}").CONTEXT
-    elif name in _plug_ins():
-        entry = _plug_ins()[name]
-        try:
-            kind = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"the saved-config kind {name!r} ({entry.value}) does not import: {error}. Repair "
-                "or uninstall the package that brings it."
-            ) from error
-    else:
-        raise ConfigError(f"there is no saved-config kind {name!r}. Known: {', '.join(names())}.")
-    if not isinstance(kind, ContextKind):
-        raise ConfigError(
-            f"the saved-config kind {name!r} is a {type(kind).__name__}, not a ContextKind. Its "
-            "entry point must name the CONTEXT of its module."
-        )
-    return kind
-
-
-@cache
-def _siblings() -> tuple[str, ...]:
-    return tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} - _NOT_KINDS))
-
-
-@cache
-def _plug_ins() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
-
-
 def find(folder: Folder) -> Context | None:
     """The saved config in ``folder`` that says most, with the others beside it; None if none.
 
     Raises:
         CheckpointError: there is one that cannot be used.
     """
-    kinds = sorted(map(load, names()), key=lambda kind: -kind.rank)
+    kinds = sorted((kind for _, kind in SIBLINGS.usable()), key=lambda kind: -kind.rank)
     found = [context for kind in kinds if (context := kind.read(folder)) is not None]
     if not found:
         return None

@@ -7,11 +7,8 @@ entry-point group ``bioinit.families``. A person's own config class is a family 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,12 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.contexts.protocol import Context
-from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family, ReadFields, SourceField, read_ours
-from bioinit.keys import suggestion
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
 from bioinit.record import SavedField, label, specs
+from bioinit.siblings import Siblings
 
 __all__ = [
     "Family",
@@ -41,36 +37,9 @@ __all__ = [
     "open_checkpoint",
 ]
 
-GROUP = "bioinit.families"
+SIBLINGS = Siblings(__name__, __path__, "FAMILY", Family, "family")
+names, load = SIBLINGS.names, SIBLINGS.load
 _ANYTHING = "auto"
-
-
-def names() -> tuple[str, ...]:
-    """The families there are: files of this folder, then entry points."""
-    here = {m.name for m in pkgutil.iter_modules(__path__) if m.name != "protocol"}
-    plugged = {entry.name for entry in entry_points(group=GROUP)} - here
-    return (*sorted(here), *sorted(plugged))
-
-
-def load(name: str) -> Family:
-    """The family called ``name``, imported now.
-
-    Raises:
-        ConfigError: there is none, or what it needs is not installed.
-    """
-    if name not in names():
-        raise ConfigError(
-            f"there is no family {name!r}; there are {', '.join(names())}. "
-            f"{suggestion(name, names())}".strip()
-        )
-    if name in {m.name for m in pkgutil.iter_modules(__path__)}:
-        family = importlib.import_module(f"{__name__}.{name}").FAMILY
-    else:
-        [entry] = entry_points(group=GROUP, name=name)
-        family = entry.load()
-    if not isinstance(family, Family):
-        raise ConfigError(f"the family {name!r} is a {type(family).__name__}. Repair its FAMILY.")
-    return family
 
 
 def find(context: Context | None, stored: Iterable[str]) -> str | None:
@@ -78,13 +47,13 @@ def find(context: Context | None, stored: Iterable[str]) -> str | None:
 
     A named family comes before ``auto``. Names alone decide only if they fit one family.
     """
-    named = [name for name in names() if name != _ANYTHING]
+    named = [(name, family) for name, family in SIBLINGS.usable() if name != _ANYTHING]
     if context is None:
         keys = tuple(stored)
-        fitting = [name for name in named if load(name).dialect_of(keys) is not None]
+        fitting = [name for name, family in named if family.dialect_of(keys) is not None]
         return fitting[0] if len(fitting) == 1 else None
-    for name in (*named, _ANYTHING):
-        if load(name).recognizes(context):
+    for name, family in (*named, (_ANYTHING, load(_ANYTHING))):
+        if family.recognizes(context):
             return name
     return None
 

@@ -9,28 +9,24 @@ that every single-file format can be sharded without knowing it.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from pkgutil import iter_modules
 from typing import NoReturn
 
 from bioinit import collector
 from bioinit.errors import (
     AmbiguousFormat,
-    ConfigError,
     CorruptCheckpoint,
     RefusedCheckpoint,
     UnknownFormat,
 )
 from bioinit.formats import _directory
 from bioinit.formats.protocol import Contents, Format
+from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
 
 __all__ = ["load", "names", "open_weights"]
 
-GROUP = "bioinit.formats"
-_NOT_FORMATS = {"protocol"}
+SIBLINGS = Siblings(__name__, __path__, "FORMAT", Format, "format")
+names, load = SIBLINGS.names, SIBLINGS.load
 _LONGEST_WORD = 32
 _STAND_INS = (  # what lies in the place of weights that were not fetched
     (
@@ -45,39 +41,6 @@ _OTHERS = (
     (b"GGUF", "It is a GGUF file, made for inference: point at the weights it was made from."),
     (b"\x89HDF", "It is an HDF5 file: point at the safetensors or torch weights instead."),
 )
-
-
-def names() -> tuple[str, ...]:
-    """The names of all formats: files of this folder, then entry points."""
-    return (*_siblings(), *_plug_ins())
-
-
-def load(name: str) -> Format:
-    """The format called ``name``, imported now.
-
-    Raises:
-        ConfigError: there is none of that name, or a plug-in that has it does not import.
-    """
-    if name in _siblings():
-        module = import_module(f"{__name__}.{name}")
-        found = module.FORMAT
-    elif name in _plug_ins():
-        entry = _plug_ins()[name]
-        try:
-            found = entry.load()
-        except ImportError as error:
-            raise ConfigError(
-                f"the format {name!r} ({entry.value}) does not import: {error}. Repair or "
-                "uninstall the package that brings it."
-            ) from error
-    else:
-        raise ConfigError(f"there is no format {name!r}. Known formats: {', '.join(names())}.")
-    if not isinstance(found, Format):
-        raise ConfigError(
-            f"the format {name!r} is a {type(found).__name__}, not a Format. Its entry point must "
-            "name the FORMAT of its module."
-        )
-    return found
 
 
 def open_weights(folder: Folder) -> tuple[str, Contents]:
@@ -146,7 +109,7 @@ def _require_text(folder: Folder, contents: Contents) -> None:
 
 
 def _fitting(folder: Folder) -> list[str]:
-    return [name for name in names() if load(name).recognizes(folder)]
+    return [name for name, found in SIBLINGS.usable() if found.recognizes(folder)]
 
 
 def _only(folder: Folder, fitting: list[str]) -> str:
@@ -182,26 +145,3 @@ def _raise_unknown_directory(folder: Folder) -> NoReturn:
         f"no format recognizes the directory {folder.path}, which holds {shown}. Known formats: "
         f"{', '.join(names())}. {cure}"
     )
-
-
-@cache
-def _siblings() -> tuple[str, ...]:
-    return tuple(
-        sorted(
-            module.name
-            for module in iter_modules(__path__)
-            if not module.name.startswith("_") and module.name not in _NOT_FORMATS
-        )
-    )
-
-
-@cache
-def _plug_ins() -> dict[str, EntryPoint]:
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    taken = sorted(found.keys() & set(_siblings()))
-    if taken:
-        raise ConfigError(
-            f"the entry point {found[taken[0]].value} in the group {GROUP!r} takes the name "
-            f"{taken[0]!r} of one of bioinit's own formats. Rename it, or uninstall its package."
-        )
-    return found
