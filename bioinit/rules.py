@@ -10,7 +10,8 @@ dim that is unflattened into k factors becomes at most 2k - 1 boxes.
 
 >>> from bioinit.layout import Box
 >>> fused = Rule("qkv", (Part("q", (Narrow(0, 0, 2),)), Part("k", (Narrow(0, 2, 2),))))
->>> [(key, box.sizes, box.start) for key, box in fused.place("qkv", (Box.contiguous((4, 3)),))]
+>>> whole = (Box.contiguous((4, 3)),)
+>>> [(part.to, box.sizes, box.start) for part in fused.parts for _, box in part.views(whole)]
 [('q', (2, 3), 0), ('k', (2, 3), 6)]
 """
 
@@ -213,17 +214,6 @@ class Rule:
         names = ", ".join(dict.fromkeys(part.to for part in self.parts))
         verb = "rename" if self.is_rename else "view"
         return f"{verb} {self.pattern_text} <-> {names}"
-
-    def place(self, key: str, boxes: tuple[Box, ...]) -> list[tuple[str, Box]] | None:
-        """Where ``boxes`` of the tensor ``key`` lie in the canonical space; None if not ours."""
-        captures = self.pattern.match(key)
-        if captures is None:
-            return None
-        return [
-            (part.key(captures, drawn), box)
-            for part in self.parts
-            for drawn, box in part.views(boxes)
-        ]
 
 
 def rename(key: str, to: str, note: str = "") -> Rule:

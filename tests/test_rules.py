@@ -5,6 +5,7 @@ import torch
 
 from bioinit.errors import MappingError
 from bioinit.layout import Box, numel
+from bioinit.mapping import Mapping
 from bioinit.rules import Each, Narrow, Part, Permute, Rule, Unflatten, rename
 
 GROUPS, HEADS, WIDTH, HIDDEN = 3, 2, 4, 5
@@ -57,7 +58,7 @@ def test_a_placement_is_the_view_that_torch_would_make(rule, key, shape):
     tensor = torch.arange(numel(shape)).reshape(shape)
     expected = reference(rule, tensor)
     found = dict.fromkeys(expected)
-    for canonical, box in rule.place(key, (Box.contiguous(shape),)):
+    for canonical, box in Mapping([rule]).place(key, (Box.contiguous(shape),)):
         found[canonical] = tensor.as_strided(box.sizes, box.strides, box.start)
     for canonical, wanted in expected.items():
         assert torch.equal(found[canonical], wanted)
@@ -68,7 +69,7 @@ def test_the_same_list_writes_back_what_it_reads(rule, key, shape):
     tensor = torch.arange(numel(shape)).reshape(shape)
     canonical = reference(rule, tensor)
     back = torch.full_like(tensor, -1)
-    for name, box in rule.place(key, (Box.contiguous(shape),)):
+    for name, box in Mapping([rule]).place(key, (Box.contiguous(shape),)):
         into = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
         back.as_strided(box.sizes, box.strides, box.start).copy_(canonical[name][into])
     assert torch.equal(back, tensor)
@@ -84,7 +85,7 @@ def test_shards_of_any_cut_cover_the_whole_exactly_once(rule, key, shape, dim):
             local = tensor.narrow(dim, low, high - low).contiguous().clone()
             offsets = tuple(low if d == dim else 0 for d in range(len(shape)))
             shard = Box(offsets, tuple(local.shape), 0, local.stride())
-            for name, box in rule.place(key, (shard,)):
+            for name, box in Mapping([rule]).place(key, (shard,)):
                 part = local.as_strided(box.sizes, box.strides, box.start)
                 into = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
                 assert torch.equal(part, reference(rule, tensor)[name][into])
@@ -103,13 +104,14 @@ def test_an_interval_of_k_factors_is_at_most_2k_minus_1_boxes():
 
 def test_missing_layers_do_not_shift_the_ones_that_exist():
     rule = rename("enc.layers.*.w", "dec.layers.*.w")
-    placed = [rule.place(f"enc.layers.{i}.w", (Box.contiguous((1,)),)) for i in (0, 2, 5)]
+    table = Mapping([rule])
+    placed = [table.place(f"enc.layers.{i}.w", (Box.contiguous((1,)),)) for i in (0, 2, 5)]
     names = [entries[0][0] for entries in placed if entries]
     assert names == ["dec.layers.0.w", "dec.layers.2.w", "dec.layers.5.w"]
 
 
 def test_a_key_of_another_name_is_not_ours():
-    assert QKV.place("layers.7.out", (Box.contiguous(FUSED),)) is None
+    assert Mapping([QKV]).place("layers.7.out", (Box.contiguous(FUSED),)) is None
 
 
 def test_a_rule_whose_wildcards_do_not_add_up_is_refused():

@@ -131,8 +131,6 @@ def _own(cls: type[TrainableModelConfig]) -> Family:
         recognizes=lambda context: True,
         config_for=lambda context: cls,
         read_fields=lambda context: _read_own(cls, context),
-        write_fields=dataclasses.asdict,
-        architectures=lambda config: (),
         build=lambda config: config.configure_model(),
         backend=lambda config: backends.load("module"),
         names=lambda config, model, dialect, stored: Names(Table.identity(), Table.identity()),

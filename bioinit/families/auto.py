@@ -210,25 +210,8 @@ def _recognizes(context: Context) -> bool:
     return found is not None and found.model is not None
 
 
-def _write_fields(config: TrainableModelConfig) -> Hf:
-    own = _auto(config)
-    made = architectures.make_config(own.hf_class, own.hf_fields())
-    made.architectures = [own.model_class().__name__]
-    return configs.written(made)
-
-
 def _choices(model_type: str) -> tuple[str, ...]:
     return (*architectures.tasks(model_type), *architectures.names(model_type))
-
-
-def _architectures(cls: type[TrainableModelConfig]) -> tuple[str, ...]:
-    return _choices(cls.hf_class.model_type) if issubclass(cls, AutoConfig) else ()
-
-
-def _auto(config: TrainableModelConfig) -> AutoConfig:
-    if not isinstance(config, AutoConfig):
-        raise ConfigError(f"a {type(config).__name__} is no config of the family auto.")
-    return config
 
 
 def _backend(config: TrainableModelConfig) -> Backend:
@@ -246,8 +229,6 @@ FAMILY = Family(
     recognizes=_recognizes,
     config_for=config_for,
     read_fields=_read_fields,
-    write_fields=_write_fields,
-    architectures=_architectures,
     build=lambda config: config.configure_model(),
     backend=_backend,
     names=_names,

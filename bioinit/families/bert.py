@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bioinit.backends import transformers as backend
-from bioinit.backends.transformers import architectures, named
+from bioinit.backends.transformers import named
 from bioinit.backends.transformers.named import Line, Translation, linear, norm
 from bioinit.config import TrainableModelConfig, derived, own
 from bioinit.contexts.protocol import Context
@@ -166,11 +166,6 @@ FAMILY = Family(
     recognizes=_recognizes,
     config_for=lambda context: BertConfig,
     read_fields=_read_fields,
-    write_fields=TRANSLATION.config_json,
-    architectures=lambda cls: (
-        *architectures.tasks(MODEL_TYPE),
-        *architectures.names(MODEL_TYPE),
-    ),
     build=lambda config: config.configure_model(),
     backend=lambda config: backend.BACKEND,
     names=_names,

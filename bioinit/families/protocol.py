@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -68,12 +68,6 @@ class Family:
     """The config class, with the fields that this checkpoint's kind of model has."""
 
     read_fields: Callable[[Context], ReadFields]
-
-    write_fields: Callable[[TrainableModelConfig], dict[str, Any]]
-    """The config as the ``hf`` dialect spells it: what ``config.json`` will say."""
-
-    architectures: Callable[[type[TrainableModelConfig]], tuple[str, ...]]
-    """What ``model.architecture`` may be: class names and task names."""
 
     build: Callable[[TrainableModelConfig], nn.Module]
     """Constructs the module; always called inside ``backend(config).build``."""

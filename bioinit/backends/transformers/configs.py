@@ -193,12 +193,6 @@ def _influence(
     return changed, name in with_it
 
 
-def written(config: Any) -> dict[str, Any]:
-    """What ``config.json`` would say for a transformers config object."""
-    found: dict[str, Any] = config.to_diff_dict()
-    return found
-
-
 def plain(value: Any) -> Any:
     """Plain data with tuples for lists, as our configs hold it."""
     if isinstance(value, tuple | list):

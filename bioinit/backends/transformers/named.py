@@ -124,12 +124,6 @@ class Translation:
             )
         return cls
 
-    def config_json(self, config: Any) -> dict[str, Any]:
-        """What ``config.json`` will say for a config of ours."""
-        made = self.make(config)
-        made.architectures = [self.model_class(config).__name__]
-        return configs.written(made)
-
     def check_extra(self, extra: Mapping[str, Any]) -> None:
         """Raise for an entry of ``extra`` that is a field of ours under its other name."""
         for name in extra:
