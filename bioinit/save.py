@@ -18,8 +18,9 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
-from bioinit.storage import RECEIPT, Folder, atomic_folder
+from bioinit.storage import Folder, atomic_folder
 
+RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -41,7 +42,7 @@ def save(
 
     Args:
         model: real everywhere.
-        path: the folder to make; an existing one must be empty, or ours and ``overwrite`` set.
+        path: the folder to make; an existing one must be empty, or ``overwrite`` set.
         backend: who knows how such a model is written.
         record: what the next run will read as the saved config.
         receipt: the report's JSON; the digests of the written files are added to it.
@@ -49,7 +50,7 @@ def save(
         source: the checkpoint's folder.
         carried: files of ``source`` that go along unchanged: tokenizer, generation config.
         keep: the files and folders of the checkpoint; ``path`` may not touch them.
-        overwrite: replace a folder that bioinit wrote.
+        overwrite: replace a folder that is not empty.
         max_shard_bytes: the most bytes of one weight file.
 
     Returns:

@@ -48,10 +48,14 @@ def test_a_save_that_fails_keeps_no_receipt_and_may_be_repeated(started, tmp_pat
     assert done.receipt is None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("mine")
-    for place in (tmp_path / "full", started[1], started[1].parent, started[1] / "inner"):
+    for place, overwrite in (
+        (tmp_path / "full", False),
+        (started[1], True),
+        (started[1].parent, True),
+    ):
         before = sorted(place.rglob("*"))
         with pytest.raises(StorageError):
-            done.save(place, overwrite=True)
+            done.save(place, overwrite=overwrite)
         assert done.receipt is None and sorted(place.rglob("*")) == before
     done.save(tmp_path / "out")
     assert done.receipt is not None and verify(tmp_path / "out")

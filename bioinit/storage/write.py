@@ -3,15 +3,14 @@
 It is filled under a hidden name beside its place and renamed when every byte of it is on the disk.
 Whatever stops the writer half-way, nothing stands under the final name; after an error or Ctrl-C
 the hidden folder is gone too, and what a killed process left is removed by the next one that writes
-the same folder. A folder that holds something is replaced only where that is allowed and its
-receipt says that bioinit wrote it.
+the same folder. A folder that holds something is replaced only where that is allowed, and never one
+that is being read.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -24,7 +23,6 @@ from pathlib import Path
 from bioinit.errors import BioinitError, StorageError
 from bioinit.storage.file import disk_error
 
-RECEIPT = "receipt.json"  # every folder of ours holds one
 _NAMES_SHOWN = 3
 
 # How the libraries that write weights report what the system told them: safetensors and torch.
@@ -40,8 +38,7 @@ def atomic_folder(
 
     Args:
         path: where it will stand. Missing parents are made; an empty folder there is replaced.
-        overwrite: replace a folder that bioinit wrote. The old one stays until the new one is
-            whole.
+        overwrite: replace a folder that is not empty. The old one stays until the new one is whole.
         keep: files and folders that this must leave alone; see :func:`require_free`.
 
     Raises:
@@ -104,9 +101,8 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
 
     Args:
         path: where the folder will stand; ``~`` is a home directory.
-        overwrite: whether a folder that bioinit wrote may be replaced.
-        keep: files and folders that are being read. What is written may not hold one of them, nor
-            lie in one.
+        overwrite: whether a folder that is not empty may be replaced.
+        keep: files and folders that are being read. What is written may not replace one of them.
 
     Raises:
         StorageError: something is there, or it would touch what is kept, or its parent cannot be
@@ -130,35 +126,29 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
         held = sorted(os.listdir(final))
     except OSError as error:
         raise disk_error(error, f"look into {final}") from error
-    if not held:
-        _require_writable(final.parent)
-    elif not _is_ours(final):
+    if held and not overwrite:
         more = f" and {len(held) - _NAMES_SHOWN} more" if len(held) > _NAMES_SHOWN else ""
         raise StorageError(
-            f"cannot write {final}: it is not empty and bioinit did not write it. It holds "
-            f"{', '.join(map(repr, held[:_NAMES_SHOWN]))}{more}, but no {RECEIPT} of bioinit. "
-            "Choose another folder, or remove this one by hand."
+            f"cannot write {final}: it is not empty, it holds "
+            f"{', '.join(map(repr, held[:_NAMES_SHOWN]))}{more}. Choose another folder, or let all "
+            "of it be replaced with output.overwrite=true."
         )
-    elif not overwrite:
-        raise StorageError(
-            f"cannot write {final}: it is not empty, it holds what bioinit wrote before. Choose "
-            "another folder, or allow it to be replaced with output.overwrite=true."
-        )
-    else:
-        _require_writable(final.parent)
+    _require_writable(final.parent)
     return final
 
 
 def _require_apart(final: Path, keep: Iterable[Path]) -> None:
+    """Refuse to replace what is being read, and the folders that nobody means to replace."""
     real = Path(os.path.realpath(final))
-    for kept in keep:
-        place = Path(os.path.realpath(kept))
-        if real == place or real in place.parents or place in real.parents:
-            relation = (
-                "is" if real == place else "holds" if real in place.parents else "lies inside"
-            )
+    reasons = [(Path(os.path.realpath(kept)), f"the checkpoint {kept}") for kept in keep]
+    reasons += [
+        (Path(os.path.realpath(os.path.expanduser("~"))), "the home directory"),
+        (Path.cwd(), "the current directory"),
+    ]
+    for place, what in reasons:
+        if real == place or real in place.parents:
             raise StorageError(
-                f"cannot write {final}: it {relation} the checkpoint that is being read, {kept}. "
+                f"cannot write {final}: it {'is' if real == place else 'holds'} {what}. "
                 "Choose an output_dir that stands apart from it."
             )
 
@@ -173,15 +163,6 @@ def _require_writable(parent: Path) -> None:
         raise disk_error(reason, f"make the folder {parent}, since {nearest} is no folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise disk_error(OSError(errno.EACCES, ""), f"write in {nearest}")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a receipt in ``folder`` says that bioinit wrote it."""
-    try:
-        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(receipt, dict) and "bioinit" in receipt
 
 
 def _flush(folder: Path) -> None:
