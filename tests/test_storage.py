@@ -324,7 +324,7 @@ def test_a_home_or_the_current_directory_is_never_replaced(where, tmp_path, monk
     (tmp_path / "home" / "work").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home" / "work")
-    with pytest.raises(StorageError, match="directory. Choose"):
+    with pytest.raises(StorageError, match=r"directory\. Choose"):
         require_free(tmp_path / where, overwrite=True)
 
 
