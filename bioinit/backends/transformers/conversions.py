@@ -344,6 +344,8 @@ def _views_one_by_one(
     disk: list[Rule] = []
     memory: list[Rule] = []
     for live, by_pattern in sources.items():
+        if live not in table.live:
+            continue
         for keys in by_pattern.values():
             keys.sort(key=library.dot_natural_key)
         converter = table.converter_of[next(iter(by_pattern))]
@@ -351,8 +353,6 @@ def _views_one_by_one(
             pattern: [Symbol.stored(escape(key), stored[key]) for key in keys]
             for pattern, keys in by_pattern.items()
         }
-        if live not in table.live:
-            continue
         try:
             rules = _rules(table, converter, collected, escape(live), live)
         except Inexpressible as reason:
