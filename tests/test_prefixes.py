@@ -57,3 +57,19 @@ def test_two_equally_good_ways_are_refused_with_their_scores():
 def test_names_of_something_else_are_not_forced_to_fit():
     stored = ["a.b.c", "d.e.f"]
     assert solved(stored, BODY) == (stored, "")
+
+
+def test_no_name_is_read_as_another_that_the_checkpoint_holds():
+    stored = [*BODY, *(f"module.{n}" for n in BODY), "module.extra"]
+    assert solved(stored, [*BODY, "extra"]) == (stored, "")
+
+
+def test_a_name_is_asked_for_in_the_spelling_that_it_would_have():
+    renamed = {"old.weight": "new.weight"}  # what the disk dialect knows, rightly spelled alone
+    model = [*BODY, "new.weight"]
+
+    def known(names):
+        return {name for name in names if renamed.get(name, name) in model}
+
+    found = solve(["module.old.weight", *(f"module.{n}" for n in BODY)], known, model)
+    assert found.spell("module.old.weight") == "old.weight"
