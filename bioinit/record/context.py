@@ -20,7 +20,7 @@ from bioinit.record import names
 from bioinit.record.door import record_of
 from bioinit.record.fields import Origin, is_config, label, set_in, specs
 from bioinit.record.live import build, changed_behind
-from bioinit.record.notation import SET, decode_config, encode_config
+from bioinit.record.notation import SET, decode_config, encode_config, require_readable
 from bioinit.storage import Folder, disk_error
 
 CONTEXT_FOLDER = "context"
@@ -140,7 +140,10 @@ def read_context(folder: Folder) -> tuple[dict[str, Any], str] | None:
             f"{where} is of version {version!r}, this bioinit reads version {_VERSION}. "
             "Install a newer bioinit."
         )
-    model_node(document, where)
+    node = model_node(document, where)
+    if not isinstance(node, dict) or not isinstance(node.get("$config"), str | None):
+        raise CorruptCheckpoint(f"{where}: the model is no config. Write it again with bioinit.")
+    require_readable(document["record"], where)
     origins = document.get("origins")
     if not isinstance(origins, dict) or not all(_is_origin(o) for o in origins.values()):
         raise CorruptCheckpoint(f"{where}: 'origins' is not usable. Write it again with bioinit.")

@@ -39,6 +39,7 @@ from bioinit.record.live import build
 
 SET, DEFAULT, COMPUTED = "set", "default", "computed"
 _MARKER = "$"
+_DEEPEST = 64
 
 
 class Unreadable(NamedTuple):
@@ -161,6 +162,40 @@ def read_fields(node: Any, cls: type, where: str) -> tuple[dict[str, SavedField]
     return fields, unknown
 
 
+def require_readable(node: Any, where: str) -> None:
+    """Refuse a node that :func:`plain` cannot read, or that is nested out of all measure.
+
+    Raises:
+        CorruptCheckpoint: it is not what :func:`encode_config` writes.
+    """
+    require_shallow(node, where)
+    try:
+        plain(node)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{where} is damaged: {error}. It is not what bioinit writes; write it again with "
+            "bioinit, or fetch it again."
+        ) from error
+
+
+def require_shallow(value: Any, where: str) -> None:
+    """Refuse data so deep that reading it would run out of stack.
+
+    Raises:
+        CorruptCheckpoint: it is nested deeper than any config.
+    """
+    level = [value] if isinstance(value, Mapping | list) else []
+    for _ in range(_DEEPEST):
+        inner = (v.values() if isinstance(v, Mapping) else v for v in level)
+        level = [v for items in inner for v in items if isinstance(v, Mapping | list)]
+        if not level:
+            return
+    raise CorruptCheckpoint(
+        f"{where} is nested deeper than {_DEEPEST} levels, which no config is. Fetch or write it "
+        "again."
+    )
+
+
 def plain(node: Any) -> Any:
     """``node`` without markers: names as texts, configs as mappings of every field."""
     if isinstance(node, list):
@@ -239,7 +274,7 @@ class _Reader:
         inner = node[marker]
         try:
             return self.marked(marker, inner, spec, annotation)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"{self.where}: {spec.name} was saved as {marker[1:]} {inner!r}, which this field "
                 f"cannot hold ({error}). Set {spec.name} anew and list it in "

@@ -1,11 +1,17 @@
 """Our own ``context/`` as a saved config."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bioinit.config import Run, TrainableModelConfig, derived
+from bioinit.contexts import load_context
 from bioinit.contexts.bioinit import CONTEXT
-from bioinit.record import Origin, make_record, read_fields, save_context
+from bioinit.errors import CorruptCheckpoint
+from bioinit.record import Origin, load_record, make_record, read_fields, save_context
 from bioinit.storage import Folder
 
 
@@ -53,3 +59,39 @@ def test_fields_that_a_class_lacks_are_told_apart(tmp_path: Path) -> None:
     assert context is not None
     fields, unknown = read_fields(context.raw, Narrow, context.where)
     assert "width" in fields and unknown == {"twice": "computed", "inner": "set"}
+
+
+DAMAGED = {
+    "the model is a list": [1],
+    "the fields are a list": {"$config": "a.B", "set": [1]},
+    "the fields are a number": {"$config": "a.B", "set": 5},
+    "a tuple of nothing": {"$config": "a.B", "set": {"width": {"$tuple": 5}}},
+    "a float that is none": {"$config": "a.B", "set": {"width": {"$float": "much"}}},
+    "a mapping without pairs": {"$config": "a.B", "set": {"width": {"$dict": [1]}}},
+    "a mapping as a key": {"$config": "a.B", "set": {"width": {"$dict": [[{}, 1]]}}},
+    "a class that is a list": {"$config": ["a"], "set": {}},
+}
+
+
+@pytest.mark.parametrize("node", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_is_corrupt_and_names_the_file(tmp_path: Path, node: Any) -> None:
+    save_context(Model(), tmp_path)
+    file = tmp_path / "context" / "record.json"
+    document = json.loads(file.read_text())
+    document["record"]["set"]["model"] = node
+    file.write_text(json.dumps(document))
+    with pytest.raises(CorruptCheckpoint, match=r"record\.json"):
+        load_context(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match=r"record\.json"):
+        load_record(tmp_path, Model)
+
+
+@pytest.mark.parametrize("depth", [100, 600])
+def test_a_record_without_end_is_corrupt(tmp_path: Path, depth: int) -> None:
+    save_context(Model(), tmp_path)
+    file = tmp_path / "context" / "record.json"
+    text = file.read_text().replace('"width": 4', '"width": ' + "[" * depth + "]" * depth)
+    assert "[[" in text
+    file.write_text(text)
+    with pytest.raises(CorruptCheckpoint, match="nested deeper"):
+        load_context(tmp_path)
