@@ -12,6 +12,7 @@ import pickle
 import random
 import struct
 import sys
+import tracemalloc
 import types
 
 import numpy
@@ -108,7 +109,7 @@ PLAIN = [
     {},
     {"a": 1},
     {i: str(i) for i in range(2500)},
-    {(1, "a"): [None], 2.5: b"x", None: True, frozenset((1, 2)): 3},
+    {(1, "a"): [None], 2.5: b"x", None: True},
     {1, 2, 3},
     set(),
     frozenset((1, 2)),
@@ -476,8 +477,83 @@ def test_deep_nesting_is_read_or_corrupt_but_never_a_crash():
 def test_a_deep_tuple_cannot_be_a_key():
     deep = b"N" + b"\x85" * 200_000
     for data in (b"\x80\x02}" + deep + b"Ns.", b"\x80\x04\x8f(" + deep + b"\x90."):
-        with pytest.raises(CorruptCheckpoint, match="impossible"):
+        with pytest.raises(CorruptCheckpoint, match="a key is a tuple"):
             load(data)
+
+
+def bomb(empty: bytes, fill: bytes, depth: int = 60, width: int = 2) -> bytes:
+    """A value of few bytes that holds ``width ** depth`` items."""
+    made = b"(K\x01t" if fill == b"t" else empty + b"K\x01a"
+    for index in range(depth):
+        put = b"q" + bytes([index])
+        start = b"(" if fill == b"t" else empty + b"("
+        made += put + b"0" + start + (b"h" + bytes([index])) * width + fill
+    return made
+
+
+TUPLES, LISTS = bomb(b"", b"t"), bomb(b"]", b"e")
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%sX\x03\x00\x00\x00cpuK\x04tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n("
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"}" + TUPLES + b"Ns",
+        b"\x8f(" + TUPLES + b"\x90",
+        b"}(" + TUPLES + b"t" + b"Ns",
+        LISTS + b"Q",
+        TUPLES + b"Q",
+        STORAGE % LISTS,
+        b"ctorch\ndevice\n(" + LISTS + b"K\x00tR",
+        b"c_codecs\nencode\n(X\x01\x00\x00\x00a" + LISTS + b"tR",
+        TENSOR + STORAGE % b"X\x01\x00\x00\x000" + b"K\x00K\x04\x85K\x01\x85\x89}" + LISTS + b"tR",
+    ],
+)
+def test_what_means_an_enormous_value_is_never_rendered_or_hashed(value):
+    with pytest.raises(CheckpointError) as caught:
+        load(b"\x80\x04" + value + b".")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        frozenset((1,)),
+        decimal.Decimal(1),
+        1j,
+        1 << 64,
+        (1 << 40, 1),
+        (1.5, 2),
+        tuple(range(9)),
+        ((1, (2, 3)), tuple(range(6))),
+        "x" * 20_000,
+    ],
+    ids=lambda key: repr(key)[:20],
+)
+def test_keys_whose_hashes_could_be_made_alike_are_corrupt(key):
+    for value in ({key: 1}, {key}):
+        with pytest.raises(CorruptCheckpoint, match="a key"):
+            load(pickle.dumps(value))
+
+
+def test_many_numbers_of_one_hash_are_corrupt_at_once():
+    prime = sys.hash_info.modulus
+    numbers = b"".join(
+        b"\x8a\x0c" + (prime * n).to_bytes(12, "little") + b"N" for n in range(1, 60_000)
+    )
+    with pytest.raises(CorruptCheckpoint, match="a key is a number"):
+        load(b"\x80\x02}(" + numbers + b"u.")
+
+
+@pytest.mark.parametrize("item", ["é" * 500_000, "a" * 999_999, 1 << 4000, "é" * 9_000])
+def test_one_large_value_that_is_shared_does_not_fill_the_plain_data(item):
+    tracemalloc.start()
+    found = plain([item] * 19_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(str(found)) < 6_000_000
+    assert peak < 20_000_000
 
 
 def test_a_small_pickle_that_means_an_enormous_tree_is_cut_off():

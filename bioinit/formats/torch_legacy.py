@@ -13,7 +13,7 @@ from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
 from bioinit.storage import File, Folder
 from bioinit.unpickle import Placing, StorageRef, Truncated, find_weights, load_next
-from bioinit.unpickle.symbols import storage_ref
+from bioinit.unpickle.symbols import storage_key, storage_ref
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -108,7 +108,10 @@ def _parse(file: File, data: bytes) -> tuple[Any, list[str], dict[str, StorageRe
             f"{file} is damaged: the keys of its storages are a {type(keys).__name__}. Fetch or "
             "write it again."
         )
-    return value, [str(key) for key in keys], refs, end
+    try:
+        return value, [storage_key(key) for key in keys], refs, end
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{file} is damaged: {error}. Fetch or write it again.") from error
 
 
 def _storages(

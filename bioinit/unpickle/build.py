@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
+import pathlib
 from typing import Any
+
+import torch
 
 from bioinit.errors import RefusedCheckpoint
 from bioinit.unpickle.values import Opaque, Refused, Symbol, TensorRef
 
-DEEPEST_KEY = 8
+MOST_KEY_ITEMS = 8
+LONGEST_KEY = 10_000
+KEY_BITS = 64
 _INERT = frozenset((Opaque, Refused, Symbol))
-_PLAIN_KEYS = frozenset((int, float, bool, bytes, type(None), complex))
+# These hash and compare in one step, whatever the pickle says: by place, or by a few bytes.
+_CHEAP_KEYS = frozenset(
+    (
+        *(bool, type(None), Opaque, Symbol, torch.dtype),
+        *(pathlib.PurePosixPath, datetime.date, datetime.datetime, datetime.timedelta),
+    )
+)
 
 
 def call(function: Any, args: Any) -> Any:
@@ -50,21 +62,57 @@ def restore(target: Any, state: Any) -> None:
         raise TypeError(f"a {type(target).__name__} is given a state")
 
 
-def _check_key(key: Any, depth: int = 0) -> None:
-    """Raise unless ``key`` may be hashed: that of a deep tuple overflows Python's own stack."""
+def _check_key(key: Any) -> None:
+    """Raise unless ``key`` is cheap to hash and to compare, and shares its hash with few others.
+
+    Python's hashes of numbers can be foretold, so a pickle could hold thousands that are alike.
+    There are few of them among numbers of 64 bits, and among tuples with 64 bits of numbers.
+    """
     kind = type(key)
-    if kind is str or kind in _PLAIN_KEYS:
+    if kind is tuple:
+        items = _flat(key)
+        for item in items:
+            _check_leaf(item, KEY_BITS // len(items))
+    else:
+        _check_leaf(key, KEY_BITS)
+
+
+def _check_leaf(key: Any, bits: int) -> None:
+    kind = type(key)
+    if kind in _CHEAP_KEYS:
         return
-    if kind is Refused:
+    if kind is str or kind is bytes:
+        if len(key) > LONGEST_KEY:
+            raise ValueError(f"a key of {len(key)} characters")
+    elif kind is int:
+        if key.bit_length() > bits:
+            raise ValueError(f"a key is a number of {key.bit_length()} bits")
+    elif kind is float:
+        if bits < KEY_BITS:
+            raise ValueError("a key is a tuple with a number that is not whole")
+    elif kind is Refused:
         raise RefusedCheckpoint(
-            f"a name in the pickle would be what {key.module}.{key.name} returns, and nothing that "
-            "a checkpoint brings along is called"
+            f"a name in the pickle would be what {key.module:.100}.{key.name:.100} returns, and "
+            "nothing that a checkpoint brings along is called"
         )
-    if isinstance(key, tuple):
-        if depth == DEEPEST_KEY:
-            raise RecursionError("a key is nested too deep")
-        for item in key:
-            _check_key(item, depth + 1)
+    else:
+        raise TypeError(f"a key is a {kind.__name__}")
+
+
+def _flat(key: tuple[Any, ...]) -> list[Any]:
+    """What the tuples in a tuple hold; a tuple of tuples of the same tuple could go on for ever."""
+    found: list[Any] = []
+    waiting, seen = [key], 0
+    while waiting:
+        for item in waiting.pop():
+            seen += 1
+            if seen > MOST_KEY_ITEMS:
+                raise ValueError(f"a key is a tuple of more than {MOST_KEY_ITEMS} items")
+            if type(item) is tuple:
+                waiting.append(item)
+            else:
+                found.append(item)
+    return found
 
 
 def put(target: Any, pairs: list[Any]) -> None:
@@ -80,7 +128,7 @@ def put(target: Any, pairs: list[Any]) -> None:
         raise TypeError(f"a {type(target).__name__} is given named items")
     keys = pairs[::2]
     for key in keys:
-        if type(key) is not str:
+        if type(key) is not str or len(key) > LONGEST_KEY:
             _check_key(key)
     target.update(zip(keys, pairs[1::2], strict=True))
 

@@ -34,7 +34,7 @@ def run(data: bytes, start: int, table: Table, persistent: Callable[[Any], Any])
             raise Truncated("the pickle breaks off") from error
         raise CorruptCheckpoint(
             f"the pickle makes no sense near byte {machine.position}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error!s:.200}"
         ) from error
     except (MemoryError, RecursionError) as error:
         raise CorruptCheckpoint(

@@ -9,7 +9,9 @@ from bioinit.unpickle.values import Opaque, Refused, StorageRef, Symbol, TensorR
 MOST_ITEMS = 20_000
 DEEPEST = 40
 LONGEST_BYTES = 64
-LONGEST_TEXT = 1_000_000
+LONGEST_TEXT = 10_000
+MOST_TEXT = 4_000_000
+BITS_PER_DIGIT = 3
 LONGEST_INT_BITS = 4096
 OMITTED = "..."
 
@@ -24,13 +26,6 @@ def plain(value: Any) -> Any:
     return _Plain().of(value, 0)
 
 
-def _text(value: str) -> str:
-    """``value`` as text that any terminal and any file takes: no half characters."""
-    if len(value) > LONGEST_TEXT:
-        value = value[:LONGEST_TEXT] + OMITTED
-    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-
-
 class _Nothing:
     """Stands for what was left out."""
 
@@ -41,6 +36,9 @@ _NOTHING = _Nothing()
 class _Plain:
     def __init__(self) -> None:
         self.room = MOST_ITEMS
+        self.letters = MOST_TEXT
+        # By identity; the text is kept too, so that no other one gets its place.
+        self.texts: dict[int, tuple[str, str]] = {}
 
     def of(self, value: Any, depth: int) -> Any:
         found = self._of(value, depth)
@@ -54,9 +52,11 @@ class _Plain:
         if kind in (float, bool, type(None)):
             return value
         if kind is int:
-            return value if value.bit_length() <= LONGEST_INT_BITS else OMITTED
+            bits = value.bit_length()
+            self.letters -= bits // BITS_PER_DIGIT
+            return value if bits <= LONGEST_INT_BITS and self.letters >= 0 else OMITTED
         if kind is str:
-            return _text(value)
+            return self._text(value)
         if self.room < 0 or depth > DEEPEST:
             return OMITTED
         if kind in (bytes, bytearray):
@@ -68,10 +68,24 @@ class _Plain:
         if isinstance(value, Opaque):
             return self._inert(value, depth)
         if isinstance(value, Refused):
-            return {"refused": f"{value.module}.{value.name}"}
+            return {"refused": self._text(f"{value.module}.{value.name}")}
         if isinstance(value, Symbol):
-            return repr(value)
-        return str(value)
+            return self._text(repr(value))
+        return self._text(str(value)[: LONGEST_TEXT + 1])
+
+    def _text(self, value: str) -> str:
+        """``value`` as text that any terminal and any file takes: short, no half characters."""
+        self.letters -= min(len(value), LONGEST_TEXT)
+        if self.letters < 0:
+            return OMITTED
+        if value.isascii() and len(value) <= LONGEST_TEXT:
+            return value
+        found = self.texts.get(id(value))
+        if found is None:
+            short = value if len(value) <= LONGEST_TEXT else value[:LONGEST_TEXT] + OMITTED
+            short = short.encode("utf-8", "replace").decode("utf-8")
+            found = self.texts[id(value)] = (value, short)
+        return found[1]
 
     def _mapping(self, value: dict[Any, Any], depth: int) -> Any:
         found = {}
@@ -80,7 +94,7 @@ class _Plain:
                 continue
             inner = self._of(entry, depth + 1)
             if inner is not _NOTHING:
-                found[_text(str(key))] = inner
+                found[self._text(key if type(key) is str else str(key)[: LONGEST_TEXT + 1])] = inner
             if self.room < 0:
                 found[OMITTED] = OMITTED
                 break
@@ -98,7 +112,7 @@ class _Plain:
         return found if found or not value else _NOTHING
 
     def _inert(self, value: Opaque, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"class": f"{value.module}.{value.name}"}
+        found: dict[str, Any] = {"class": self._text(f"{value.module}.{value.name}")}
         for name in ("args", "state", "items"):
             inner = self._of(getattr(value, name), depth + 1)
             if inner is not _NOTHING and inner is not None and inner != []:

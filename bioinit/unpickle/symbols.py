@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bioinit.errors import RefusedCheckpoint
-from bioinit.unpickle.build import checked, extend, new, put
+from bioinit.unpickle.build import KEY_BITS, LONGEST_KEY, checked, extend, new, put
 from bioinit.unpickle.values import Opaque, Refused, StorageRef, Symbol, TensorRef
 
 STORAGE_DTYPES = {
@@ -60,22 +60,32 @@ def storage_ref(pid: Any) -> Any:
         return pid[1]
     if type(pid) is not tuple or not 5 <= len(pid) <= 6 or pid[0] != "storage":
         _refuse_if_called(pid)
-        raise ValueError(f"the persistent id {str(pid)[:80]!r} names no storage")
+        raise ValueError(f"the persistent id, a {type(pid).__name__}, names no storage")
     dtype, key, numel = pid[1], pid[2], pid[4]
     if type(dtype) is Symbol:
         raise RefusedCheckpoint(
-            f"a tensor lies in a storage of the kind {dtype}, which does not hold plain numbers"
+            f"a tensor lies in a storage of the kind {dtype!r:.200}, which does not hold plain "
+            "numbers"
         )
     if type(dtype) is not torch.dtype or not _is_count(numel):
         _refuse_if_called(pid)
-        raise ValueError(f"the persistent id {str(pid)[:80]!r} names no storage")
+        raise ValueError("a persistent id names no storage with a kind and a length")
     view = pid[5] if len(pid) == 6 else None
     if view is not None:
         _, first, size = view
         if not _is_count(first) or not _is_count(size):
             raise ValueError("a view of a storage has no place")
         view = (first, size)
-    return StorageRef(str(key), dtype, numel, view)
+    return StorageRef(storage_key(key), dtype, numel, view)
+
+
+def storage_key(key: Any) -> str:
+    """The key of a storage, which is text or a number, as text."""
+    if type(key) is str and len(key) <= LONGEST_KEY:
+        return key
+    if type(key) is int and key.bit_length() <= KEY_BITS:
+        return str(key)
+    raise ValueError(f"the key of a storage is a {type(key).__name__} or too long")
 
 
 def _is_count(number: Any) -> bool:
@@ -86,8 +96,8 @@ def _refuse_if_called(value: Any) -> None:
     for item in value if type(value) is tuple else (value,):
         if type(item) is Refused:
             raise RefusedCheckpoint(
-                f"a tensor would be made from what {item.module}.{item.name} returns, and nothing "
-                "that a checkpoint brings along is called"
+                f"a tensor would be made from what {item.module:.100}.{item.name:.100} returns, "
+                "and nothing that a checkpoint brings along is called"
             )
 
 
@@ -99,7 +109,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
         _refuse_if_called((offset, size, stride))
     if len(rest) > 2 and rest[2]:
         raise RefusedCheckpoint(
-            f"a tensor carries the lazy marks {rest[2]!r}, which change its values when it is read"
+            "a tensor carries lazy marks, which change its values when it is read"
         )
     return TensorRef(storage, storage.dtype, offset, size, stride)
 
@@ -135,7 +145,9 @@ def _size(items: Any) -> tuple[int, ...]:
     return tuple(_items(items))
 
 
-def _device(kind: str, index: int | None = None) -> str:
+def _device(kind: Any, index: Any = None) -> str:
+    if type(kind) is not str or not (index is None or type(index) is int):
+        raise TypeError("a device is not text and a number")
     return kind if index is None else f"{kind}:{index}"
 
 
@@ -170,7 +182,7 @@ def _tuple(items: Any = ()) -> tuple[Any, ...]:
 
 def _bytes_of(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "utf-8"):
-        raise ValueError(f"bytes spelled in {encoding!r}")
+        raise ValueError("bytes spelled in an encoding that is not known")
     return text.encode(encoding)
 
 

@@ -25,7 +25,9 @@ _NOT_WEIGHTS = re.compile(
 )
 DEEPEST = 64
 MOST = 1 << 63
+MOST_DIMS = 64
 MOST_STEPS = 5_000_000
+LETTERS_PER_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class Placing:
         whole = type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
         if not whole or not all(type(n) is int and 0 <= n < MOST for n in (*size, *stride)):
             raise TypeError("sizes and strides are not numbers")
-        if numel(size) >= MOST:
+        if len(size) > MOST_DIMS:
+            raise TypeError("more dims than there can be")
+        if numel(tuple(n for n in size if n)) >= MOST:
             raise TypeError("more elements than there can be")
         if 0 in size:
             return Box.contiguous(size), 0
@@ -248,6 +252,7 @@ class _Search:
         self._count(1 + len(inner) if depth <= DEEPEST else MOST_STEPS)
         for key, entry in entries:
             inner_name = f"{name}.{key}" if name else str(key)
+            self.steps += len(inner_name) // LETTERS_PER_STEP
             if type(entry) is TensorRef:
                 yield inner_name, entry
             else:
