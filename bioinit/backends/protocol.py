@@ -20,6 +20,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+MOST_LABELS = 10**6
+"""More outputs of a head than this are a mistake, and naming them all takes gigabytes."""
+
 Make = Callable[[], nn.Module]
 """Constructs the module. Calling it twice gives two modules with the same names and shapes."""
 

@@ -7,7 +7,7 @@ packages add more through the entry-point group ``bioinit.contexts``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
 from bioinit.keys import suggestion
+from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import Folder
 
@@ -132,8 +133,8 @@ def _refuse_what_needs_more(folder: Folder) -> None:
     config = folder.read_json("config.json")
     if not isinstance(config, dict):
         return
-    parts = {"": config} | {f"{k}.": v for k, v in config.items() if isinstance(v, dict)}
-    for at, part in parts.items():
+    require_shallow(config, str(folder.path / "config.json"))
+    for at, part in _objects(config):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
                 method = part[key].get("quant_method") if isinstance(part[key], dict) else None
@@ -143,15 +144,25 @@ def _refuse_what_needs_more(folder: Folder) -> None:
                     "checkpoint it was made from, or write a dequantized one with the tool that "
                     "made it (transformers: model.dequantize(), then save_pretrained)."
                 )
-    if config.get("auto_map"):
-        files = sorted({str(target).split(".")[0] for target in _values(config["auto_map"])})
-        raise RefusedCheckpoint(
-            f"{folder.path} needs code that it brings along (auto_map in config.json: "
-            f"{', '.join(files)}), and bioinit runs no code of a checkpoint. If transformers has "
-            f"this architecture ({config.get('model_type')!r}) itself, remove auto_map from "
-            "config.json; otherwise write your own module and use bioinit.load_weights on a copy "
-            "of the weights."
-        )
+        if part.get("auto_map"):
+            files = sorted({str(target).split(".")[0] for target in _values(part["auto_map"])})
+            raise RefusedCheckpoint(
+                f"{folder.path} needs code that it brings along ({at}auto_map in config.json: "
+                f"{', '.join(files)}), and bioinit runs no code of a checkpoint. If transformers "
+                f"has this architecture ({config.get('model_type')!r}) itself, remove auto_map "
+                "from config.json; otherwise write your own module and use bioinit.load_weights "
+                "on a copy of the weights."
+            )
+
+
+def _objects(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of a parsed config, and its dotted path with a dot behind it."""
+    if isinstance(value, dict):
+        yield at, value
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        if isinstance(inner, dict | list):
+            yield from _objects(inner, f"{at}{key}.")
 
 
 def _all_files(folder: Folder) -> tuple[str, ...]:

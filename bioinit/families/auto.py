@@ -76,7 +76,8 @@ class NestedConfig(Tracked):
     hf_class: ClassVar[Any] = None
 
 
-_RESERVED = frozenset(f.name for f in dataclasses.fields(AutoConfig)) | {"_tracking"}
+# A field of the name of a method would hide it as well.
+_RESERVED = {f.name for f in dataclasses.fields(AutoConfig)} | {*dir(AutoConfig), "_tracking"}
 
 
 def _ours(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ import fiddle as fdl
 from torch import nn
 
 from bioinit import collector, families
-from bioinit.backends.protocol import Backend, Make
+from bioinit.backends.protocol import MOST_LABELS, Backend, Make
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import Checkpoint
-from bioinit.errors import ConfigError, Problem
+from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family, ReadFields
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
@@ -32,6 +33,9 @@ from bioinit.record import build, make_record
 from bioinit.storage import File
 from bioinit.targets import describe
 from bioinit.version import __version__
+
+# ``shared_expert_intermediate_size`` and ``block_size`` are sizes, not counts.
+_COUNT = re.compile(r"(.*_)?(layers|experts|blocks)|(n|num)_(layer|expert|block)")
 
 
 @dataclass
@@ -134,6 +138,9 @@ def _decide(
 ) -> Prepared:
     context = None if checkpoint is None else checkpoint.context
     family = _family(record, run)
+    if context is not None and checkpoint is not None:
+        for said in (context, *context.beside):
+            _require_sane(said.data, said.where, len(checkpoint.tensors))
     if context is not None and not family.recognizes(context):
         raise _of_another_family(run, checkpoint)
     model = record.model
@@ -172,6 +179,28 @@ def _decide(
     )
 
 
+def _require_sane(data: Any, where: str, stored: int, at: str = "") -> None:
+    """Refuse counts that no checkpoint of ``stored`` tensors has: building them takes for ever."""
+    most = max(1000, 4 * stored)
+    pairs = data.items() if isinstance(data, Mapping) else enumerate(data)
+    for key, value in pairs:
+        name = f"{at}{key}"
+        if isinstance(value, Mapping | list | tuple):
+            _require_sane(value, where, stored, f"{name}.")
+        elif not isinstance(value, int):
+            continue
+        elif key == "num_labels" and value > MOST_LABELS:
+            raise CorruptCheckpoint(
+                f"{where}: {name} is {value}, and no head has more than {MOST_LABELS} labels. "
+                "Correct the file, or fetch it again."
+            )
+        elif _COUNT.fullmatch(str(key)) and value > most:
+            raise CorruptCheckpoint(
+                f"{where}: {name} is {value}, but the checkpoint stores {stored} tensors, and at "
+                f"most {most} could go with them. Correct the file, or fetch it again."
+            )
+
+
 def _family(record: fdl.Config[Run], run: Run) -> Family:
     if run.family is not None:
         return families.load(run.family)
@@ -187,6 +216,12 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
     assert checkpoint is not None and checkpoint.context is not None
     context = checkpoint.context
     fitting = families.find(context, checkpoint.tensors)
+    if context.model is None and fitting is None:
+        return ConfigError(
+            f"{context.where} names no model_type (a text), so the family {run.family!r} cannot "
+            "say what the model is. Add the model_type to the file, or use a recipe of a named "
+            f"family: {', '.join(name for name in families.names() if name != 'auto')}."
+        )
     return ConfigError(
         f"{checkpoint.path} holds a model of type {context.model!r} ({context.where}), which is "
         f"not of the family {run.family!r}. Use a recipe of the family {fitting or 'auto'!r}."

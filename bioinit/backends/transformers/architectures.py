@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from bioinit.backends import transformers as backend
+from bioinit.backends.protocol import MOST_LABELS
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 
@@ -26,7 +27,16 @@ TASKS = {
 }
 """Names of tasks, and the table of transformers that gives the class for a model type."""
 
-_REFUSED = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError)
+_REFUSED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""What constructors of transformers and torch raise for values that they cannot use."""
 
 
 def config_class(model_type: str | None) -> Any:
@@ -52,16 +62,15 @@ def make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: transformers refuses a value.
     """
-    # Constructors of configs fill in nested mappings in place.
-    given = {key: _listed(copy.deepcopy(value)) for key, value in fields.items()}
     strict = backend.library("huggingface_hub.errors")
     refused = (*_REFUSED, strict.StrictDataclassError)
     try:
+        # Constructors of configs fill in nested mappings in place.
+        given = {key: _listed(copy.deepcopy(value)) for key, value in fields.items()}
         return cls(**given)
     except refused as error:
         raise ConfigError(
-            f"transformers refuses this {cls.__name__}: {' '.join(str(error).split())}. "
-            "Correct the model's fields."
+            f"transformers refuses this {cls.__name__}: {_said(error)}. Correct the model's fields."
         ) from error
 
 
@@ -91,7 +100,11 @@ def model_class(model_type: str, architecture: str) -> Any:
     name = _class_for(architecture, model_type) or architecture
     cls: Any = getattr(backend.library(), name, None)
     wanted = config_class(model_type)
-    is_model = isinstance(cls, type) and issubclass(cls, backend.library().PreTrainedModel)
+    is_model = (
+        isinstance(cls, type)
+        and issubclass(cls, backend.library().PreTrainedModel)
+        and "forward" in {n for kind in cls.__mro__ if kind is not nn.Module for n in vars(kind)}
+    )
     if is_model and cls.config_class is not None and issubclass(wanted, cls.config_class):
         return cls
     choices = (*tasks(model_type), *names(model_type))
@@ -116,7 +129,8 @@ def construct(cls: Any, config: Any) -> nn.Module:
         model: nn.Module = cls(config)
     except _REFUSED as error:
         raise ConfigError(
-            f"{cls.__name__} cannot be built from this config: {error}. Correct the model's fields."
+            f"{cls.__name__} cannot be built from this config: {_said(error)}. Correct the "
+            "model's fields."
         ) from error
     return model
 
@@ -125,6 +139,11 @@ def head_fields(
     architecture: str, num_labels: int | None, labels: tuple[str, ...] | None
 ) -> dict[str, Any]:
     """What a chosen head size, names of labels, or the task ``regression`` mean for a config."""
+    if num_labels is not None and num_labels > MOST_LABELS:
+        raise ConfigError(
+            f"num_labels={num_labels} is more than a head can have here, {MOST_LABELS}. Set "
+            "model.num_labels to the number of classes."
+        )
     found: dict[str, Any] = {}
     if architecture == "regression":
         num_labels = num_labels or 1
@@ -135,6 +154,13 @@ def head_fields(
         found["id2label"] = dict(enumerate(labels))
         found["label2id"] = {label: i for i, label in enumerate(labels)}
     return found
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, without the stack that torch's C++ adds and the lines of a table."""
+    text = str(error).split("\nException raised from")[0]
+    lines = text.split("\n") if isinstance(error, RuntimeError) else [text]
+    return " ".join(lines[0].split()) or type(error).__name__
 
 
 def _class_for(task: str, model_type: str) -> str | None:

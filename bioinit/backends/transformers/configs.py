@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
+import keyword
 import operator
 import types
 import typing
@@ -31,6 +33,7 @@ DROPPED = {
 }
 """Fields of a saved config that describe no model, and why they are left behind."""
 
+_TABLES = ("attribute_map", "sub_configs")
 _CLASS = "it says which class this is"
 _RENAMED = {
     "rope_theta": "rope_parameters",
@@ -135,14 +138,36 @@ def read(cls: Any, data: Mapping[str, Any]) -> SavedConfig:
         ConfigError: transformers refuses a value.
     """
     given = {k: cls._decode_special_floats(v) for k, v in data.items() if k != "model_type"}
-    saved = _read(make_config(cls, given), given)
+    saved = _read(make_config(cls, _usable(cls, given)), given)
     if "model_type" in data:
         saved.became["model_type"] = _CLASS
     return saved
 
 
-def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
+def _usable(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config can keep of ``given``, at every depth: a field that hides no method of it."""
+    general = backend.library().PreTrainedConfig
+    found = {k: v for k, v in given.items() if _unusable(cls, k) is None}
+    for name, kind in cls.sub_configs.items():
+        if isinstance(inner := found.get(name), Mapping):
+            found[name] = _usable(kind if issubclass(kind, general) else general, inner)
+    return found
+
+
+def _unusable(cls: Any, name: str) -> str | None:
+    """Why no field of a config can have this name."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        return "no field can have this name"
+    held = inspect.getattr_static(cls, name, None)
+    is_method = callable(held) or isinstance(held, classmethod | staticmethod)
+    if name == "self" or name.startswith("__") or name in _TABLES or is_method:
+        return f"it would hide what {cls.__name__} needs under this name"
+    return None
+
+
+def _read(made: Any, raw: Mapping[str, Any]) -> SavedConfig:
     cls: Any = type(made)
+    given = _usable(cls, raw)
     names = {field.name for field in declared(cls)}
     nested = {
         name: _read(value, _mapping(given.get(name)))
@@ -154,7 +179,9 @@ def _read(made: Any, given: Mapping[str, Any]) -> SavedConfig:
     # A declared field may itself be the alias of a name that is not declared.
     aliases = {target: alias for alias, target in cls.attribute_map.items() if alias in names}
     aliases |= cls.attribute_map
-    became: dict[str, tuple[str, ...] | str] = {}
+    became: dict[str, tuple[str, ...] | str] = {
+        name: reason for name in raw if (reason := _unusable(cls, name)) is not None
+    }
     undeclared: dict[str, Any] = {}
     for name in given:
         if name in DROPPED or name == "model_type":
