@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -230,6 +231,47 @@ def test_unusable_json_is_corrupt_and_named(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(CorruptCheckpoint, match=r"x\.json"):
         Folder.at(tmp_path).read_json("x.json")
+
+
+def test_json_nested_deep_is_corrupt_before_anybody_walks_over_it(tmp_path):
+    (tmp_path / "x.json").write_text('{"a":' * 150 + "1" + "}" * 150)
+    with pytest.raises(CorruptCheckpoint, match=r"x\.json.*nested deeper"):
+        Folder.at(tmp_path).read_json("x.json")
+    (tmp_path / "x.json").write_text("[" * 90 + "]" * 90)
+    assert Folder.at(tmp_path).read_json("x.json")
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
+    items = ",".join(f'"{n}":0' for n in range(200_000))
+    (tmp_path / "x.json").write_text("{" + items + ',"199999":1}')
+    begin = time.process_time()
+    with pytest.raises(CorruptCheckpoint, match="'199999' stands twice"):
+        Folder.at(tmp_path).read_json("x.json")
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x/\ud800/y"])
+def test_characters_that_no_path_can_hold_are_a_storage_error(name, tmp_path):
+    with pytest.raises(StorageError, match="such characters"):
+        Folder.at(str(tmp_path / "x") + name)
+    folder = Folder.at(tmp_path)
+    assert not folder.has(name)
+    with pytest.raises(RefusedCheckpoint):
+        folder.file(name)
+
+
+def test_a_name_too_long_for_the_disk_says_so(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(StorageError, match="too long") as caught:
+        Folder.at(tmp_path).has("b/" + "a" * 300)
+    assert "shorter" in str(caught.value)
+
+
+def test_what_a_killed_writer_left_is_named_where_its_folder_is_missing(tmp_path):
+    for kind in ("partial", "old"):
+        (tmp_path / f".out.999999999.0123abcd.{kind}").mkdir()
+        with pytest.raises(StorageError, match=f"0123abcd.{kind}.*rename it back"):
+            Folder.at(tmp_path / "out")
 
 
 def test_a_home_directory_is_expanded(path, monkeypatch):

@@ -19,7 +19,7 @@ from bioinit.storage import File, Folder
 
 SAFE = "safetensors"
 _SUFFIX = r"\.(?P<suffix>safetensors|bin|pt|pth|ckpt)"
-_WEIGHTS = re.compile(rf"(?P<stem>.+?)(-(?P<number>\d+)-of-(?P<total>\d+))?{_SUFFIX}")
+_WEIGHTS = re.compile(rf"(?P<stem>.+?)(-(?P<number>\d{{1,6}})-of-(?P<total>\d{{1,6}}))?{_SUFFIX}")
 _INDEX = re.compile(rf"(?P<stem>.+){_SUFFIX}\.index\.json")
 _NOT_WEIGHTS = re.compile(
     r"training_args|(.*_)?optimizer.*|(lr_)?scheduler.*|rng_state.*|random_states.*|scaler.*"
@@ -189,7 +189,8 @@ def _read_index(folder: Folder, name: str) -> Chosen:
     odd = next((where for where in placed.values() if not isinstance(where, str)), None)
     if odd is not None:
         raise CorruptCheckpoint(
-            f"{index} places a tensor in {odd!r}, which is no file name. Fetch or write it again."
+            f"{index} places a tensor in {odd!r:.100}, which is no file name. Fetch or write "
+            "it again."
         )
     files = tuple(sorted(set(placed.values())))
     for file in files:
@@ -197,8 +198,8 @@ def _read_index(folder: Folder, name: str) -> Chosen:
         if not folder.has(file):
             wanted = [key for key, where in placed.items() if where == file]
             raise CorruptCheckpoint(
-                f"{index} places {len(wanted)} tensors, such as {wanted[0]!r}, in {file}, which is "
-                "missing. Fetch that file, or write the checkpoint again."
+                f"{index} places {len(wanted)} tensors, such as {wanted[0]!r:.200}, in "
+                f"{file:.200}, which is missing. Fetch that file, or write the checkpoint again."
             )
     metadata = {"layout": f"{len(files)} files, index {name}"}
     if isinstance(content.get("metadata"), dict):
@@ -209,11 +210,11 @@ def _read_index(folder: Folder, name: str) -> Chosen:
 def _require_all_shards(folder: Folder, files: Sequence[str], total: int) -> None:
     numbers = {int(found["number"]) for name in files if (found := _WEIGHTS.fullmatch(name))}
     first = 0 if 0 in numbers else 1
-    missing = sorted(set(range(first, first + total)) - numbers)
-    if missing:
+    missing = next((n for n in range(first, first + total) if n not in numbers), None)
+    if missing is not None:
         raise CorruptCheckpoint(
             f"{folder.path} holds {len(numbers)} of the {total} files that {files[0]} is one of: "
-            f"number {missing[0]} is missing. Fetch it, or point at a complete checkpoint."
+            f"number {missing} is missing. Fetch it, or point at a complete checkpoint."
         )
 
 

@@ -8,6 +8,7 @@ left-over byte means that header and data do not belong together.
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -23,7 +24,11 @@ LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
 """What the format allows; a larger number is a file that is no safetensors."""
 
+LARGE_HEADER_BYTES = 1_000_000
 MOST_BYTES = 1 << 63
+MOST_DIMS = 64
+_NESTED = re.compile(rb"\[\s*[\[{]|\]\s*,\s*[\[{]")
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -90,10 +95,13 @@ def _read_header(file: File) -> tuple[tuple[tuple[str, Any], ...], int]:
             f"it has {file.size} bytes, but its header alone should end at byte {data_starts}: "
             "it is truncated",
         )
+    data = file.read(LENGTH_BYTES, length)
+    # Lists of lists, which no header needs, take fifty times their bytes once they are parsed.
+    nested = length > LARGE_HEADER_BYTES and _NESTED.search(data) is not None
+    if nested and _NESTED.search(_TEXTS.sub(b"", data)):  # brackets may stand in texts
+        _corrupt(file, "its header nests one list in another")
     try:
-        header = json.loads(
-            file.read(LENGTH_BYTES, length).decode("utf-8"), object_pairs_hook=tuple
-        )
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         _corrupt(file, f"its header is not JSON: {error}")
     if type(header) is not tuple:
@@ -130,7 +138,7 @@ def _describe(file: File, entries: tuple[tuple[str, Any], ...], data_starts: int
         if type(begin) is not int or type(end) is not int or end - begin != num_bytes:
             _corrupt(
                 file,
-                f"tensor {name!r} has the data offsets {begin!r} and {end!r}, but {dtype} "
+                f"tensor {name!r} has the data offsets {begin!r:.80} and {end!r:.80}, but {dtype} "
                 f"{list(shape)} takes {num_bytes} bytes",
             )
         if begin != last_end:
@@ -167,13 +175,15 @@ def _measure(file: File, name: str, dtype: Any, dims: Any) -> tuple[Dims, torch.
             "quantized checkpoint. Point at the unquantized weights it was made from."
         )
     if dtype not in DTYPES:
-        _corrupt(file, f"tensor {name!r} has the dtype {dtype!r}, which safetensors does not have")
+        _corrupt(file, f"tensor {name!r} has the dtype {dtype!r:.80}, not one of safetensors")
     if type(dims) is not list or not all(type(size) is int and size >= 0 for size in dims):
         raise ValueError("not a shape")
     shape = tuple(dims)
-    num_bytes = numel(shape) * DTYPES[dtype].itemsize
-    if num_bytes > MOST_BYTES:
-        raise ValueError("more bytes than there can be")
+    item = DTYPES[dtype].itemsize
+    # Where a dim is 0 the others still become strides, which are as limited as sizes are.
+    if len(shape) > MOST_DIMS or numel(tuple(size for size in shape if size)) * item >= MOST_BYTES:
+        raise ValueError("more dims or bytes than there can be")
+    num_bytes = numel(shape) * item
     return shape, DTYPES[dtype], Box.contiguous(shape), num_bytes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -15,6 +16,9 @@ from typing import Any, Self
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.storage.file import File, disk_error
+
+LONGEST_SHOWN = 100
+DEEPEST_JSON = 100
 
 
 class Folder:
@@ -36,8 +40,22 @@ class Folder:
         absolute = Path(os.path.abspath(os.path.expanduser(path)))
         try:
             mode = os.stat(absolute).st_mode
+        except FileNotFoundError as error:
+            left = leftovers(absolute)
+            if not left:
+                raise disk_error(error, f"read {absolute}") from error
+            raise StorageError(
+                f"cannot read {absolute}: no such file or directory, but a process that was "
+                f"stopped while it wrote it left {left[0].name!r} beside it. A folder that ends in "
+                "'.old' is the whole of what stood there before: rename it back, or write again."
+            ) from error
         except OSError as error:
             raise disk_error(error, f"read {absolute}") from error
+        except ValueError as error:  # a NUL byte, or half of a character
+            raise StorageError(
+                f"cannot read {str(absolute)!r}: a path cannot hold such characters. Check the "
+                "path."
+            ) from error
         if stat.S_ISDIR(mode):
             return cls(absolute)
         if stat.S_ISREG(mode):
@@ -88,7 +106,14 @@ class Folder:
             return False
         if "/" not in name:
             return self._listing().get(name) is False
-        return not self.is_file and (self.path / name).is_file()
+        if self.is_file:
+            return False
+        try:
+            return stat.S_ISREG(os.stat(self.path / name).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise disk_error(error, f"look at {self.path}/{name:.{LONGEST_SHOWN}}") from error
 
     def file(self, name: str) -> File:
         """The file called ``name``; the same object for the same name.
@@ -110,14 +135,14 @@ class Folder:
         """Refuse a ``name`` that a checkpoint gave, if it leads out of this folder."""
         if not _stays_inside(name):
             raise RefusedCheckpoint(
-                f"the checkpoint at {self.path} names the file {name!r}, which leads out of it. "
-                "Only plain relative names are followed: get the checkpoint from a source you "
-                "trust, or correct the name."
+                f"the checkpoint at {self.path} names the file {name!r:.200}, which leads out "
+                "of it. Only plain relative names are followed: get the checkpoint from a source "
+                "you trust, or correct the name."
             )
 
     def folder(self, name: str) -> Folder:
         """The inner folder called ``name``."""
-        if not _stays_inside(name) or self.is_file or not (self.path / name).is_dir():
+        if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
             raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
         return Folder(self.path / name)
 
@@ -151,7 +176,9 @@ class Folder:
         """
         text = self.read_text(name)
         try:
-            return json.loads(text, object_pairs_hook=_without_duplicates)
+            value = json.loads(text, object_pairs_hook=_without_duplicates)
+            _require_shallow(value)
+            return value
         except (ValueError, RecursionError) as error:
             raise CorruptCheckpoint(
                 f"{self.file(name)} is not usable JSON: {error}. Fetch or write it again."
@@ -181,14 +208,52 @@ class Folder:
 
 def _stays_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    plain = "/".join(parts) == name and "\0" not in name
+    plain = "/".join(parts) == name and "\0" not in name and _has_bytes(name)
     return plain and bool(parts) and not name.startswith("/") and ".." not in parts
+
+
+def _has_bytes(name: str) -> bool:
+    """Whether a file can have this name: JSON can spell halves of characters, a disk cannot."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Hidden folders beside ``path`` that a writer of it left; whole old ones come first."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}\.(old|partial)")
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return []
+    found = [path.parent / name for name in names if pattern.fullmatch(name)]
+    return sorted(found, key=lambda one: (one.suffix != ".old", one.name))
+
+
+def _require_shallow(value: Any) -> None:
+    """Raise if ``value`` is nested so deep that a walk over it could overflow Python's stack."""
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(entry for entry in item.values() if isinstance(entry, dict | list))
+            elif isinstance(item, list):
+                inner.extend(entry for entry in item if isinstance(entry, dict | list))
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested deeper than {DEEPEST_JSON} levels")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name[:LONGEST_SHOWN]!r} stands twice in one object")
+            seen.add(name)
     return found

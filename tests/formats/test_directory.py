@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def test_two_sets_of_numbered_files_are_ambiguous(tmp_path):
     shard(tmp_path, 1, 1, ONE), shard(tmp_path, 1, 2, ONE), shard(tmp_path, 2, 2, TWO)
     with pytest.raises(AmbiguousFormat):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("total", ["999999", "9999999999", "9" * 200])
+def test_a_name_that_speaks_of_any_number_of_files_takes_no_memory(total, tmp_path):
+    save_file(ONE, tmp_path / f"model-00001-of-{total}.safetensors")
+    tracemalloc.start()
+    try:
+        if len(total) > 6:  # no number of files, so a file by itself
+            assert set(opened(tmp_path).tensors) == {"a"}
+        else:
+            with pytest.raises(CorruptCheckpoint, match="number 2 is missing"):
+                opened(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_old_shards_that_the_index_does_not_name_are_left_aside(sharded):

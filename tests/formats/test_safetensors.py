@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ CORRUPT = {
     "negative size": ({"w": entry(0, 4, [-1])}, bytes(4), None, "'w'"),
     "size that is no whole number": ({"w": entry(0, 4, [1.5])}, bytes(4), None, "'w'"),
     "shape without end": ({"w": entry(0, 4, [10**18] * 60)}, bytes(4), None, "'w'"),
+    "shape of too many dims": ({"w": entry(0, 4, [1] * 65)}, bytes(4), None, "'w'"),
+    "size that no stride can hold": ({"w": entry(0, 0, [0, 2**63])}, b"", None, "'w'"),
+    "sizes that no stride can hold": ({"w": entry(0, 0, [0, 2**62, 2**62])}, b"", None, "'w'"),
+    "offset of thousands of digits": (
+        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [%s, 4]}}' % (b"9" * 4000),
+        *(bytes(4), None, "9{50}"),
+    ),
     "offsets that are not numbers": (
         {"w": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}},
         *(bytes(4), None, "'w'"),
@@ -161,6 +169,25 @@ def test_refuses_a_header_that_contradicts_itself(case, file):
     with pytest.raises(CorruptCheckpoint, match=words) as caught:
         opened(file)
     assert "x.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"[ [1]]"])
+def test_a_large_header_of_nested_lists_is_refused_before_it_is_parsed(item, file):
+    shape = b",".join([item] * 500_000)
+    raw(file, b'{"w":{"dtype":"F32","shape":[' + shape + b'],"data_offsets":[0,4]}}', bytes(4))
+    tracemalloc.start()
+    with pytest.raises(CorruptCheckpoint, match="nests"):
+        opened(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * file.stat().st_size
+
+
+def test_brackets_in_the_texts_of_a_large_header_are_only_text(file):
+    metadata = {"config": json.dumps({"sizes": [[1, 2], [3]], "note": '"[['}), "x": "x" * 2_000_000}
+    raw(file, {"__metadata__": metadata, "w[[0], [1]]": entry(0, 4, [1])}, bytes(4))
+    assert set(opened(file).tensors) == {"w[[0], [1]]"}
 
 
 def test_a_name_that_stands_twice_is_corrupt(file):
