@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from bioinit.errors import BioinitError, CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.storage import File, Folder, atomic_folder, require_free
 from bioinit.storage import file as file_room
+from bioinit.storage import write as write_room
 from bioinit.storage.zip import data_start, first_name, members
 
 BYTES = bytes(range(256)) * 16
@@ -551,6 +552,57 @@ def test_a_killed_writer_leaves_only_what_the_next_one_removes(tmp_path):
     with atomic_folder(final) as folder:
         (folder / "x").write_text("whole")
     assert (final / "x").read_text() == "whole" and left_beside(final) == []
+
+
+KILLED_WHILE_REPLACING = """
+import os, signal, sys
+from pathlib import Path
+import bioinit.storage.write as write
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "after":
+    move = write.exchange
+    write.exchange = lambda *args: move(*args) and die()
+else:
+    write.exchange = die
+with write.atomic_folder(sys.argv[1], overwrite=True) as folder:
+    (folder / "new").write_text("new")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+@pytest.mark.parametrize(("when", "holds"), [("before", "old"), ("after", "new")])
+def test_a_writer_killed_while_it_replaces_leaves_the_old_or_the_new(when, holds, tmp_path):
+    final = full(tmp_path / "out", old="old")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_REPLACING, str(final), when],
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert (holds in os.listdir(final)) and {"old", "new"} - {holds} - set(os.listdir(final))
+    with atomic_folder(final, overwrite=True) as folder:
+        (folder / "newer").write_text("newer")
+    assert os.listdir(final) == ["newer"] and left_beside(final) == []
+
+
+def test_where_folders_cannot_change_places_they_are_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_room, "exchange", lambda one, other: False)
+    final = full(tmp_path / "out", old="old")
+    with atomic_folder(final, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert os.listdir(final) == ["new"] and left_beside(final) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x" * 250, "shorter name"), ("é" * 120, "shorter name"), ("a\0b", "characters")],
+)
+def test_a_name_that_cannot_be_written_is_told_before_anything_is_loaded(name, words, tmp_path):
+    with pytest.raises(StorageError, match=words):
+        require_free(tmp_path / name)
+    require_free(tmp_path / ("x" * 200))
 
 
 def test_a_replacement_that_was_killed_between_two_renames_is_undone(tmp_path):

@@ -21,8 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bioinit.errors import BioinitError, StorageError
+from bioinit.storage.exchange import exchange
 from bioinit.storage.file import disk_error
 
+LONGEST_NAME = 255  # bytes in one part of a path, NAME_MAX of Linux
 _NAMES_SHOWN = 3
 
 # How the libraries that write weights report what the system told them: safetensors and torch.
@@ -109,7 +111,18 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
             made or written.
     """
     final = Path(os.path.abspath(os.path.expanduser(path)))
-    _require_apart(final, keep)
+    try:
+        taken = len(os.fsencode(_hidden(final, "partial").name))
+        _require_apart(final, keep)
+    except ValueError as error:  # a NUL byte, or half of a character
+        raise StorageError(
+            f"cannot write {str(final)!r}: a path cannot hold such characters. Choose another path."
+        ) from error
+    if taken > LONGEST_NAME:
+        raise StorageError(
+            f"cannot write {final}: its last part is {taken - LONGEST_NAME} bytes too long, since "
+            "it is written under a longer, hidden name first. Choose a shorter name."
+        )
     try:
         mode = os.lstat(final).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -196,6 +209,9 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
                 "another path, or allow it to be replaced with output.overwrite=true."
             ) from error
         require_free(final, overwrite=True)
+        if exchange(partial, final):  # what was there is removed with the partial folder
+            _sync(final.parent)
+            return
         old = _hidden(final, "old")
         os.rename(final, old)
         try:
