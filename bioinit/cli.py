@@ -8,8 +8,11 @@ nothing heavier, so ``--help`` and ``--version`` answer at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -22,11 +25,12 @@ if TYPE_CHECKING:
     from bioinit.config import Run
     from bioinit.contexts import Checkpoint
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 STORAGE = 5
 USAGE = 2
 BUG = 1
 _FILES_SHOWN = 8
+_LEFT = "what was finished stays, what was half done is gone"
 
 _OVERRIDES = """\
 overrides:
@@ -38,7 +42,7 @@ overrides:
 """
 _EXITS = (
     "exit codes: 0 done, 2 usage or configuration, 3 the plan has problems, 4 checkpoint unusable, "
-    "5 file system, 130 interrupted"
+    "5 file system, 130 interrupted, 143 terminated"
 )
 
 
@@ -59,21 +63,46 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if "" not in sys.path and os.getcwd() not in sys.path:
-            # A recipe may name a class of the project it lies in; `python -m` would find it.
-            sys.path.append(os.getcwd())
-        return _dispatch(arguments)
+        with _stoppable():
+            if "" not in sys.path and os.getcwd() not in sys.path:
+                # A recipe may name a class of the project it lies in; `python -m` would find it.
+                sys.path.append(os.getcwd())
+            return _dispatch(arguments)
+    except _Terminated:
+        return _failed(f"terminated: {_LEFT}", TERMINATED)
     except KeyboardInterrupt:
-        return _failed(
-            "interrupted: what was finished stays, what was half done is gone", INTERRUPTED
-        )
+        return _failed(f"interrupted: {_LEFT}", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         return _failed(*_explained(error))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, what is half done is taken away on the way out."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM is an exception; only a main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        return (yield)
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough while we clean up
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -116,7 +145,7 @@ def _failed(message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"bioinit: {message}", file=sys.stderr)
+    _say(message)
     return code
 
 
@@ -230,13 +259,14 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from bioinit.families import open_checkpoint
+    from bioinit.report import printable
 
     with open_checkpoint(arguments.checkpoint) as checkpoint:
         document = _described(checkpoint, arguments.tensors)
     if arguments.json:
         _print_json(document)
     else:
-        print("\n".join(_inspect_lines(document)))
+        print("\n".join(map(printable, _inspect_lines(document))))
     return 0
 
 
@@ -350,7 +380,9 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"bioinit: {message}", file=sys.stderr)
+    from bioinit.report import printable_lines
+
+    print(f"bioinit: {printable_lines(message)}", file=sys.stderr)
 
 
 def _print_json(document: Any) -> None:

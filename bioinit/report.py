@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -112,7 +113,7 @@ class LoadReport:
             f"({human_bytes(int(rate))}/s); "
             f"{self.trainable:,} of {self.parameters:,} parameters are trainable"
         )
-        lines.extend(f"problem: {problem}" for problem in self.problems)
+        lines.extend(printable(f"problem: {problem}") for problem in self.problems)
         return "\n".join(lines)
 
 
@@ -121,7 +122,7 @@ def raise_for(problems: Sequence[Problem], what: str, shown: int = 8) -> None:
     if not problems:
         return
     lines = [f"{what} {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
-    lines.extend(f"  {problem}" for problem in problems[:shown])
+    lines.extend(printable(f"  {problem}") for problem in problems[:shown])
     if len(problems) > shown:
         lines.append(f"  ... and {len(problems) - shown} more; `bioinit plan` lists all.")
     raise PlanError("\n".join(lines), problems)
@@ -145,7 +146,9 @@ def dumps(document: Any) -> str:
     [ {  "$float": "-inf" }]
     """
     said = _sayable(document)
-    return json.dumps(said, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    text = json.dumps(said, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    # Half of a surrogate pair is no UTF-8; JSON spells it just so.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _sayable(value: Any) -> Any:
@@ -158,6 +161,29 @@ def _sayable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_sayable(item) for item in value]
     return value
+
+
+def printable(text: str) -> str:
+    r"""One line as a terminal may get it: what is not to be seen is spelled out.
+
+    Names come from checkpoints, and a terminal obeys what is in them: escape sequences, line ends,
+    marks that turn the direction of writing.
+
+    >>> printable("a" + chr(27) + "[2J" + chr(0x202E))
+    'a\\x1b[2J\\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """A message of ours of several lines, each of them :func:`printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _is_shown(character: str) -> bool:
+    return unicodedata.category(character)[0] != "C" and character not in "\u2028\u2029"
 
 
 def human_bytes(count: int) -> str:

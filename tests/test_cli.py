@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -153,21 +154,58 @@ def test_a_bug_of_ours_says_that_it_is_one(run, monkeypatch):
     assert code == 1 and "ZeroDivisionError" in err and "BIOINIT_DEBUG=1" in err
 
 
-def test_ctrl_c_is_exit_130_and_leaves_nothing(checkpoint, tmp_path):
-    code = (
+@pytest.mark.parametrize(
+    ("kind", "code", "says"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_a_signal_is_an_exit_code_and_leaves_nothing(checkpoint, tmp_path, kind, code, says):
+    script = (
         "import os, signal, sys, bioinit.save as save\n"
         "from bioinit.cli import main\n"
         "digest = save._digest\n"
         "def late(file):\n"
-        "    os.kill(os.getpid(), signal.SIGINT); return digest(file)\n"
+        f"    os.kill(os.getpid(), signal.{kind}); return digest(file)\n"
         "save._digest = late\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "code = main(sys.argv[1:])\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "sys.exit(code)\n"
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-c", code, "init", *words(checkpoint, f"output_dir={out}")]
+    command = [sys.executable, "-c", script, "init", *words(checkpoint, f"output_dir={out}")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert done.returncode == code and says in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_command_runs_in_a_thread_too(run):
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["recipes"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+NASTY = "w\x1b[2J\nx\u202ey"
+
+
+def test_names_of_a_checkpoint_reach_the_terminal_spelled_out(run, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({NASTY: torch.zeros(1)}, tmp_path / "model.safetensors")
+    code, out, _ = run("inspect", tmp_path, "--tensors")
+    assert code == 0 and "w\\x1b[2J\\nx\\u202ey" in out and "\x1b" not in out
+
+
+def test_a_message_keeps_its_lines_and_spells_out_the_rest(run, tmp_path):
+    _, _, err = run("inspect", tmp_path / "a\x1b[2J\u202eb")
+    assert "a\\x1b[2J\\u202eb" in err and "\x1b" not in err and "\u202e" not in err
+
+
+def test_half_a_surrogate_pair_is_printed_as_json_spells_it(checkpoint, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "esm", "note": "\\ud800"}')
+    for flag in ("--json", "--tensors"):
+        command = [sys.executable, "-m", "bioinit", "inspect", str(tmp_path), flag]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and "\\ud800" in done.stdout, done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):

@@ -3,7 +3,7 @@
 import pytest
 
 from bioinit.errors import PlanError, Problem
-from bioinit.report import Claim, LoadReport, fold, raise_for, render_claims, summary
+from bioinit.report import Claim, LoadReport, fold, printable, raise_for, render_claims, summary
 
 
 def claim(key, shape=(4,), kind="loaded", **facts):
@@ -73,3 +73,9 @@ def test_a_report_without_problems_returns_itself():
     assert report.raise_for_problems() is report
     assert report.to_json()["tensors"][0]["claim"] == "loaded"
     assert "4 of 4 parameters are trainable" in report.render()
+
+
+def test_what_a_terminal_would_obey_is_spelled_out():
+    assert printable("a\x1b[2J\r\n\u2028\u202e\ud800é ü*") == (
+        "a\\x1b[2J\\r\\n\\u2028\\u202e\\ud800é ü*"
+    )

@@ -12,7 +12,7 @@ import torch
 from bioinit.errors import Problem
 from bioinit.layout import Overlap, numel
 from bioinit.mapping import Conversion
-from bioinit.report import Claim, Unused
+from bioinit.report import Claim, Unused, printable
 from bioinit.targets import Target
 
 DtypeRule = torch.dtype | Literal["stored", "module"]
@@ -114,7 +114,7 @@ class LoadPlan:
         """Lines for a person, equal facts and unbroken ranges folded."""
         from bioinit.plan.present import lines
 
-        return "\n".join(lines(self))
+        return "\n".join(map(printable, lines(self)))
 
 
 def _nothing_pinned(key: str) -> torch.dtype | None:
