@@ -150,8 +150,12 @@ def main() -> None:
         )
     picture = arguments.out / "losses.png"
     png_plot(curves, picture, "Held-out loss, token classification from few labels")
-    print(f"\nPicture: {picture}\nThe model: {arguments.out / 'pretrained'} ", end="")
-    print(f"(transformers reads it as it is). {time.perf_counter() - begin:.0f} s in all.")
+    done.model.save_pretrained(arguments.out / "finetuned")
+    print(f"\nPicture: {picture}\nThe start, before fine-tuning: {arguments.out / 'pretrained'}")
+    print(
+        f"The fine-tuned model: {arguments.out / 'finetuned'} (transformers reads both as they are)"
+    )
+    print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
 if __name__ == "__main__":

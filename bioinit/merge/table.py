@@ -247,7 +247,8 @@ class _Field:
                 self.dotted,
                 f"{self.path} is {mine!r} ({origin}), but the checkpoint says {theirs!r} "
                 f"({saved.where}).",
-                f"To keep {mine!r}, list {self.dotted!r} in model.override_parent_fields; to keep "
+                f"To keep {mine!r}, list {self.dotted!r} in model.override_parent_fields "
+                f"(model.override_parent_fields=[{self.dotted}]); to keep "
                 f"{theirs!r}, drop {self.path}. init.on_conflict=recipe or checkpoint decides for "
                 "all fields.",
             )

@@ -38,6 +38,8 @@ def lines(plan: LoadPlan) -> Iterator[str]:
             f"dialect {checkpoint['dialect'] or 'unknown'}, family {checkpoint['family']}, "
             f"{checkpoint['tensors']} tensors, {human_bytes(checkpoint['bytes'])})"
         )
+    else:
+        yield "checkpoint   none: every parameter starts from its initializer"
     for note in plan.notes:
         yield f"note         {note}"
     for decision in plan.fields:
@@ -55,7 +57,8 @@ def lines(plan: LoadPlan) -> Iterator[str]:
         f"to read      {human_bytes(plan.bytes_to_read)} from {reading} of {len(plan.files)} files"
     )
     yield (
-        f"memory       {human_bytes(plan.memory_parameters)} of parameters and buffers, "
+        f"memory       {human_bytes(plan.memory_parameters)} of weights (gradients and optimizer "
+        "come on top), "
         f"{human_bytes(plan.memory_peak)} at peak"
     )
     for problem in plan.problems:
