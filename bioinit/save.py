@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from bioinit.backends.protocol import Backend
-from bioinit.errors import CorruptCheckpoint, StorageError
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
 from bioinit.storage import Folder, atomic_folder
@@ -64,6 +64,7 @@ def save(
         save_context(record, folder, origins)
         if source is not None:
             for name in carried:
+                _require_its_own(source, name)
                 file = source.file(name)
                 (folder / name).write_bytes(file.read(0, file.size))
         document = {**receipt, "files": list(_digests(folder))}
@@ -95,11 +96,14 @@ def verify(path: str | Path) -> list[dict[str, str]]:
         raise CorruptCheckpoint(
             f"{folder.path / RECEIPT} lists no files with digests. Write the model again."
         )
+    here = Path(os.path.realpath(folder.path))
     found: list[dict[str, str]] = []
     for entry in listed:
         name = str(entry["path"])
         if not folder.has(name):
             status = "missing"
+        elif Path(os.path.realpath(folder.path / name)) != here / name:
+            status = "changed"  # a link, to whatever holds the same bytes today
         else:
             digest = _digest(folder.path / name)
             status = "unchanged" if digest == entry["sha256"] else "changed"
@@ -116,6 +120,22 @@ def verify(path: str | Path) -> list[dict[str, str]]:
             "Write the model again, or fetch it again from where it came."
         )
     return found
+
+
+def _require_its_own(source: Folder, name: str) -> None:
+    """Refuse a link out of the checkpoint; a hub cache keeps its files in ``blobs`` beside it.
+
+    Raises:
+        RefusedCheckpoint: what ``name`` leads to is no file of the checkpoint.
+    """
+    here, file = Path(os.path.realpath(source.path)), Path(os.path.realpath(source.path / name))
+    caches = (folder.parent / "blobs" for folder in here.parents if folder.name == "snapshots")
+    if not any(map(file.is_relative_to, (here, *caches))):
+        raise RefusedCheckpoint(
+            f"{source.path / name} is a link to {file}, which is no file of the checkpoint, and it "
+            "would be copied into the output. Put the file itself in the link's place, or remove "
+            "the link."
+        )
 
 
 def _files_in(folder: Path) -> Iterator[str]:

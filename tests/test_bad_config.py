@@ -1,6 +1,7 @@
 """What a hostile or a broken config.json gets: one message that says why, and an exit code."""
 
 import json
+import os
 import re
 
 import pytest
@@ -64,3 +65,11 @@ def as_saved(folder, changed):
     text = json.dumps({**json.loads(file.read_text()), **changed})
     file.write_text(text.replace('"' + "[" * 900 + '"', "[" * 900 + "]" * 900))
     return bioinit.compose("auto/as_saved", [f"model.initial_ckpt_path={folder}"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_a_config_that_is_no_file_is_there_and_cannot_be_read(esm, kind):
+    (esm / "config.json").unlink()
+    (esm / "config.json").mkdir() if kind == "folder" else os.mkfifo(esm / "config.json")
+    with pytest.raises(BioinitError, match="is there and cannot be read"):
+        bioinit.load_context(esm)

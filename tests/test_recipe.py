@@ -333,3 +333,15 @@ def test_a_target_that_is_no_config_class_is_one_message(own_module, target, sai
     with pytest.raises(ConfigError) as raised:
         recipe.compose(own_module(f"model:\n  _target_: {target}\n"))
     assert said in str(raised.value) and "./mine.yaml:2" in str(raised.value)
+
+
+def test_aliases_of_aliases_are_refused_before_they_are_written_out(own):
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    name = own("\n".join(["a0: &a0 [1]", *levels]))
+    with pytest.raises(ConfigError, match="100000 values"):
+        recipe.compose(name, [])
+
+
+def test_an_alias_that_is_used_a_few_times_is_no_bomb(own):
+    name = own("family: auto\nmodel:\n  labels: &l [a, b]\ninit:\n  trainable: *l\n  frozen: *l\n")
+    assert recipe.compose(name, []).init.trainable == ("a", "b")

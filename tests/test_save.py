@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import bioinit
-from bioinit.errors import CorruptCheckpoint, StorageError
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.report import dumps
 from bioinit.save import verify
 from tests.checkpoints import write
@@ -99,3 +99,34 @@ def test_a_document_with_infinities_is_json_all_the_same():
         "inf": 0,
         "0.5": 1,
     }
+
+
+def test_a_file_that_became_a_link_is_changed(copy, tmp_path):
+    (copy / "config.json").rename(tmp_path / "elsewhere")
+    (copy / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json changed"):
+        verify(copy)
+
+
+def from_links(started, folder, target):
+    """A start from a copy of the checkpoint whose tokenizer is a link to ``target``."""
+    shutil.copytree(started[1], folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("{}")
+    (folder / "tokenizer.json").symlink_to(target)
+    record = bioinit.compose("auto/as_saved", [f"model.initial_ckpt_path={folder}"])
+    return bioinit.initialize(record)
+
+
+def test_a_link_out_of_the_checkpoint_is_not_copied(started, tmp_path):
+    done = from_links(started, tmp_path / "checkpoint", tmp_path / "secret")
+    with pytest.raises(RefusedCheckpoint, match=r"tokenizer\.json is a link to .*secret"):
+        done.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_links_of_a_hub_cache_are_followed(started, tmp_path):
+    done = from_links(started, tmp_path / "m" / "snapshots" / "abc", tmp_path / "m/blobs/1234")
+    done.save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert verify(tmp_path / "out")

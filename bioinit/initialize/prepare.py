@@ -171,11 +171,22 @@ def _decide(
         notes=_notes(checkpoint, spelling, saved, merged.missing),
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
+    empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]
     planned = dataclasses.replace(
-        planned, fields=merged.decisions, problems=(*merged.problems, *planned.problems)
+        planned, fields=merged.decisions, problems=(*merged.problems, *empty, *planned.problems)
     )
     return Prepared(
         run, config, merged.record, module, make, backend, checkpoint, planned, spelling
+    )
+
+
+def _nothing_to_load_into(module: nn.Module) -> Problem:
+    kind = type(module).__name__
+    return Problem(
+        "unclaimed",
+        kind,
+        f"{kind} has no parameter and no buffer, so nothing can be loaded into it.",
+        "Name a class that is a whole model in model.architecture, or in your configure_model().",
     )
 
 

@@ -19,6 +19,7 @@ from bioinit.errors import ConfigError, StorageError
 from bioinit.keys import suggestion
 
 GROUPS = ("model", "init", "placement", "output")
+_MOST_NODES = 100_000
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -92,8 +93,13 @@ def parse(path: Path, shown: str) -> Document:
     except OSError as error:
         raise StorageError(f"cannot read {shown}: {error.strerror}. Check the path.") from None
     try:
-        tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _size(root, {}) > _MOST_NODES:
+            raise ConfigError(
+                f"{shown} stands for more than {_MOST_NODES} values once its aliases are written "
+                "out, which no recipe does. Take aliases of aliases out of it."
+            )
+        tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except RecursionError:
         raise ConfigError(f"{shown} refers to itself without end. Write its aliases out.") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -110,6 +116,21 @@ def parse(path: Path, shown: str) -> Document:
             "effect. Remove them; output_dir says where results go."
         )
     return Document(tree, dict(_lines(root, "")) if root is not None else {})
+
+
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values ``node`` stands for, each alias written out."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1  # an alias of itself ends here, and OmegaConf says what is wrong
+        parts = (part for entry in node.value for part in _pair(entry))
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _pair(entry: Any) -> tuple[yaml.Node, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
