@@ -199,7 +199,7 @@ def _read_index(folder: Folder, name: str) -> Chosen:
             wanted = [key for key, where in placed.items() if where == file]
             raise CorruptCheckpoint(
                 f"{index} places {len(wanted)} tensors, such as {wanted[0]!r:.200}, in "
-                f"{file:.200}, which is missing. Fetch that file, or write the checkpoint again."
+                f"{file!r:.200}, which is missing. Fetch that file, or write the checkpoint again."
             )
     metadata = {"layout": f"{len(files)} files, index {name}"}
     if isinstance(content.get("metadata"), dict):
