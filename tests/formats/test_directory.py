@@ -223,7 +223,7 @@ def test_shards_of_both_torch_layouts_may_be_mixed(tmp_path):
 
 def test_a_shard_that_the_index_names_and_that_is_missing_is_corrupt(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CorruptCheckpoint, match=r"'b', in model-00002-of-00002.*missing"):
+    with pytest.raises(CorruptCheckpoint, match=r"'b', in 'model-00002-of-00002.*missing"):
         opened(sharded)
 
 
