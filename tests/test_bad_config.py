@@ -3,13 +3,17 @@
 import json
 import os
 import re
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 import bioinit  # noqa: E402
+from bioinit.config import Run, TrainableModelConfig  # noqa: E402
 from bioinit.errors import BioinitError  # noqa: E402
+from bioinit.record import make_record  # noqa: E402
 from tests.checkpoints import MODELS  # noqa: E402
 
 
@@ -73,3 +77,14 @@ def test_a_config_that_is_no_file_is_there_and_cannot_be_read(esm, kind):
     (esm / "config.json").mkdir() if kind == "folder" else os.mkfifo(esm / "config.json")
     with pytest.raises(BioinitError, match="is there and cannot be read"):
         bioinit.load_context(esm)
+
+
+@dataclass(kw_only=True)
+class Nothing(TrainableModelConfig):
+    def configure_model(self):
+        return torch.nn.Module()
+
+
+def test_a_model_that_has_no_tensor_at_all_is_a_problem(esm):
+    planned = bioinit.plan(make_record(Run, {"model": Nothing(initial_ckpt_path=str(esm))}))
+    assert "nothing can be loaded" in str(planned.problems[0])
