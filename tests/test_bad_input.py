@@ -68,6 +68,10 @@ def test_a_missing_path(run, ckpt):
     assert_refused(init(run, ckpt / "nowhere"), STORAGE, "nowhere", "Check the path")
 
 
+def test_a_name_on_the_hub(run):
+    assert_refused(init(run, "facebook/esm2_t6_8M_UR50D"), STORAGE, "hf download")
+
+
 def test_an_empty_directory(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(init(run, tmp_path / "empty"), CHECKPOINT, "empty")

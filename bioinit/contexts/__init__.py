@@ -6,6 +6,7 @@ packages add more through the entry-point group ``bioinit.contexts``.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,6 +29,7 @@ SIBLINGS = Siblings(
 )
 names, load = SIBLINGS.names, SIBLINGS.load
 _URI = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DOWNLOADS = {
     "hf": "hf download ORG/NAME --local-dir DIR",
     "s3": "aws s3 cp --recursive URI DIR",
@@ -116,6 +118,11 @@ def _local(path: str | Path) -> Folder:
         raise StorageError(
             f"{path} is not local, and bioinit cannot fetch it yet. Download it first ({how}) and "
             "give the local path."
+        )
+    if _HUB_NAME.fullmatch(str(path)) and not os.path.lexists(path):
+        raise StorageError(
+            f"there is nothing at {path}. If it is a name on the Hugging Face hub: bioinit fetches "
+            f"nothing yet, so run `hf download {path} --local-dir FOLDER` and give FOLDER."
         )
     return Folder.at(path)
 

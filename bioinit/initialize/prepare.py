@@ -233,9 +233,12 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
             "say what the model is. Add the model_type to the file, or use a recipe of a named "
             f"family: {', '.join(name for name in families.names() if name != 'auto')}."
         )
+    cure = f"Use a recipe of the family {fitting!r}."
+    if fitting in (None, run.family):
+        cure = "If it is of a class of your own, use a recipe with `model: {_target_: ...}`."
     return ConfigError(
         f"{checkpoint.path} holds a model of type {context.model!r} ({context.where}), which is "
-        f"not of the family {run.family!r}. Use a recipe of the family {fitting or 'auto'!r}."
+        f"not of the family {run.family!r}. {cure}"
     )
 
 
