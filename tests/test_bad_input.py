@@ -421,7 +421,13 @@ bioinit.save.save_context = pause
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_start_that_is_stopped_half_way_leaves_no_final_name(ckpt, tmp_path, kind):
     out = tmp_path / "out"
-    process = spawn(ckpt / "bin", out, PAUSE)
+    # A runner in the background may have SIGINT ignored, and a child would inherit that.
+    process = spawn(
+        ckpt / "bin",
+        out,
+        PAUSE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout.readline().strip() == "PAUSED"
     process.send_signal(kind)
     message = process.communicate(timeout=60)[1]

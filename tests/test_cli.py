@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -171,7 +172,13 @@ def test_a_signal_is_an_exit_code_and_leaves_nothing(checkpoint, tmp_path, kind,
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", script, "init", *words(checkpoint, f"output_dir={out}")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # A runner in the background may have SIGINT ignored, and a child would inherit that.
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.returncode == code and says in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
