@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
-from bioinit.storage import Folder, atomic_folder
+from bioinit.storage import File, Folder, atomic_folder
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -32,8 +32,8 @@ def save(
     record: Any,
     receipt: Mapping[str, Any],
     origins: Mapping[str, Origin] | None = None,
-    source: Folder | None = None,
-    carried: Iterable[str] = (),
+    homes: Sequence[Folder] = (),
+    carried: Mapping[str, File] | None = None,
     keep: Iterable[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -47,8 +47,8 @@ def save(
         record: what the next run will read as the saved config.
         receipt: the report's JSON; the digests of the written files are added to it.
         origins: who set which dotted key of the run; kept in the context.
-        source: the checkpoint's folder.
-        carried: files of ``source`` that go along unchanged: tokenizer, generation config.
+        homes: the checkpoint's folders.
+        carried: files of ``homes`` that go along unchanged, by their names in the output.
         keep: the files and folders of the checkpoint; ``path`` may not touch them.
         overwrite: replace a folder that is not empty.
         max_shard_bytes: the most bytes of one weight file.
@@ -62,11 +62,10 @@ def save(
     with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
         backend.save(model, folder, max_shard_bytes)
         save_context(record, folder, origins)
-        if source is not None:
-            for name in carried:
-                _require_its_own(source, name)
-                file = source.file(name)
-                (folder / name).write_bytes(file.read(0, file.size))
+        for name, file in (carried or {}).items():
+            _require_its_own(homes, file)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(file.read(0, file.size))
         document = {**receipt, "files": list(_digests(folder))}
         (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
@@ -122,20 +121,22 @@ def verify(path: str | Path) -> list[dict[str, str]]:
     return found
 
 
-def _require_its_own(source: Folder, name: str) -> None:
+def _require_its_own(homes: Sequence[Folder], file: File) -> None:
     """Refuse a link out of the checkpoint; a hub cache keeps its files in ``blobs`` beside it.
 
     Raises:
-        RefusedCheckpoint: what ``name`` leads to is no file of the checkpoint.
+        RefusedCheckpoint: what ``file`` leads to is no file of the checkpoint.
     """
-    here, file = Path(os.path.realpath(source.path)), Path(os.path.realpath(source.path / name))
-    caches = (folder.parent / "blobs" for folder in here.parents if folder.name == "snapshots")
-    if not any(map(file.is_relative_to, (here, *caches))):
-        raise RefusedCheckpoint(
-            f"{source.path / name} is a link to {file}, which is no file of the checkpoint, and it "
-            "would be copied into the output. Put the file itself in the link's place, or remove "
-            "the link."
-        )
+    real = Path(os.path.realpath(file.path))
+    for home in homes:
+        here = Path(os.path.realpath(home.path))
+        caches = (folder.parent / "blobs" for folder in here.parents if folder.name == "snapshots")
+        if any(map(real.is_relative_to, (here, *caches))):
+            return
+    raise RefusedCheckpoint(
+        f"{file.path} is a link to {real}, which is no file of the checkpoint, and it would be "
+        "copied into the output. Put the file itself in the link's place, or remove the link."
+    )
 
 
 def _files_in(folder: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, Unknown
 from bioinit.keys import suggestion
 from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
-from bioinit.storage import Folder
+from bioinit.storage import File, Folder
 
 __all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint"]
 
@@ -35,21 +35,27 @@ _DOWNLOADS = {
     "s3": "aws s3 cp --recursive URI DIR",
     "gs": "gcloud storage cp --recursive URI DIR",
 }
+_NEMO_ADAPTER = "adapter_metadata.json"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|nemo)(\.index\.json)?$")
 
 
-def find(folder: Folder) -> Context | None:
-    """The saved config in ``folder`` that says most, with the others beside it; None if none.
+def find(homes: Sequence[Folder]) -> Context | None:
+    """The saved config in ``homes`` that says most, with the others beside it; None if none.
+
+    Of one kind, the one nearest to the weights counts.
 
     Raises:
         CheckpointError: there is one that cannot be used.
     """
     kinds = sorted((kind for _, kind in SIBLINGS.usable()), key=lambda kind: -kind.rank)
-    found = [context for kind in kinds if (context := kind.read(folder)) is not None]
+    nearest = (next(filter(None, map(kind.read, homes)), None) for kind in kinds)
+    found = [context for context in nearest if context is not None]
     if not found:
         return None
-    carried = dict.fromkeys(name for context in found for name in context.carried)
-    return replace(found[0], beside=tuple(found[1:]), carried=tuple(carried))
+    carried: dict[str, File] = {}
+    for context in found:
+        carried = {**context.carried, **carried}
+    return replace(found[0], beside=tuple(found[1:]), carried=carried)
 
 
 def open_checkpoint(path: str | Path, whose: Whose | None = None) -> Checkpoint:
@@ -64,11 +70,12 @@ def open_checkpoint(path: str | Path, whose: Whose | None = None) -> Checkpoint:
         CheckpointError: what is there cannot be used; the message says why and what to do.
     """
     folder = _local(path)
-    around = folder.around or folder
     try:
-        _refuse_what_needs_more(around)
+        _refuse_what_needs_more(folder.around or folder)
         format_name, contents = formats.open_weights(folder)
-        context = find(around)
+        for home in contents.homes:
+            _refuse_adapters(home)
+        context = find(contents.homes)
     except BaseException:
         folder.close()
         raise
@@ -88,7 +95,7 @@ def load_context(path: str | Path, subpath: str | None = None) -> Any:
         ConfigError: it has nothing at ``subpath``; the message lists what there is.
     """
     folder = _local(path)
-    context = find(folder.around or folder)
+    context = find(formats.homes(folder))
     if context is None:
         raise UnknownFormat(
             f"{folder.path} holds no saved config. Known kinds: {', '.join(names())}. "
@@ -160,6 +167,17 @@ def _refuse_what_needs_more(folder: Folder) -> None:
                 "from config.json; otherwise write your own module and use bioinit.load_weights "
                 "on a copy of the weights."
             )
+
+
+def _refuse_adapters(home: Folder) -> None:
+    if home.has(_NEMO_ADAPTER):
+        said = home.read_json(_NEMO_ADAPTER)
+        base = said.get("model_ckpt_path") if isinstance(said, dict) else None
+        raise RefusedCheckpoint(
+            f"{home.path} is a bare adapter ({_NEMO_ADAPTER}), made for the base at {base!r:.300}. "
+            "Merge it into its base first (NeMo: llm.peft.merge_lora) and start from the result, "
+            "or start from the base."
+        )
 
 
 def _objects(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

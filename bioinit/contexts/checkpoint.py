@@ -78,6 +78,11 @@ class Checkpoint:
         return self._contents.tensors
 
     @property
+    def homes(self) -> tuple[Folder, ...]:
+        """The folders that belong to it, that of its weights first."""
+        return self._contents.homes
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         return self._contents.metadata
 

@@ -64,7 +64,7 @@ def _read(folder: Folder) -> Context | None:
         data=data,
         model=model if isinstance(model, str) else None,
         tree=tree,
-        carried=tuple(name for name in _CARRIED if folder.has(name)),
+        carried={name: folder.file(name) for name in _CARRIED if folder.has(name)},
     )
 
 

@@ -1,7 +1,7 @@
 """The seam for saved configs: how a checkpoint says what model it holds, as plain data.
 
-A context is whatever the writer saved beside the weights (``config.json``, our ``context/``, later
-NeMo's ``io.json``). It is parsed as data; nothing it names is imported. A new kind of context is
+A context is whatever the writer saved beside the weights (``config.json``, our ``context/``,
+NeMo's ``io.json``, ...). It is parsed as data; nothing it names is imported. A new kind of context is
 one new file in this folder that defines ``CONTEXT``.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bioinit.storage import Folder
+from bioinit.storage import File, Folder
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Context:
     """Everything that was saved, the model's fields under ``model``."""
     raw: Any = None
     """The model's fields as the file writes them, where ``data`` says less."""
-    carried: tuple[str, ...] = ()
-    """Files that go along when the model is saved: tokenizer, generation config."""
+    carried: Mapping[str, File] = field(default_factory=dict)
+    """Files that go along when the model is saved, by the name that they get: tokenizer, generation
+    config."""
     beside: tuple[Context, ...] = ()
     """Other saved configs of the same checkpoint, which were not preferred."""
 
@@ -42,8 +43,9 @@ class Context:
 class ContextKind:
     """One kind of saved config.
 
-    ``read`` returns None when the folder has none of this kind, and raises ``CheckpointError`` when
-    it has one that cannot be used. Where several kinds stand side by side, the one of higher
+    ``read`` is asked for every folder in which the checkpoint may keep one, that of the weights
+    first. It returns None when the folder has none of this kind, and raises ``CheckpointError``
+    when it has one that cannot be used. Where several kinds stand side by side, the one of higher
     ``rank`` says more about the model.
     """
 

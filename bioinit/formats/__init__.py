@@ -9,6 +9,7 @@ that every single-file format can be sharded without knowing it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 from bioinit import collector
@@ -18,12 +19,12 @@ from bioinit.errors import (
     RefusedCheckpoint,
     UnknownFormat,
 )
-from bioinit.formats import _directory
+from bioinit.formats import _directory, _homes
 from bioinit.formats.protocol import Contents, Format
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
 
-__all__ = ["load", "names", "open_weights"]
+__all__ = ["homes", "load", "names", "open_weights"]
 
 SIBLINGS = Siblings(__name__, __path__, "FORMAT", Format, "format")
 names, load = SIBLINGS.names, SIBLINGS.load
@@ -55,16 +56,36 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
     """
     with collector.paused():
         around = folder.around
+        way = _homes.homes(folder)
         if around is not None and _directory.stands_for_directory(folder.names()[0]):
-            found = _open_directory(around, pointed_at=folder.names()[0])
+            name, contents = _open_directory(around, pointed_at=folder.names()[0])
         else:
-            found = _open_file(folder) if folder.is_file else _open_directory(folder)
-        _require_text(folder, found[1])
-        return found
+            name, contents = _open_file(folder) if folder.is_file else _open_directory(way[0])
+        _require_text(folder, contents)
+        return name, replace(contents, homes=(*contents.homes, *way))
+
+
+def homes(folder: Folder) -> tuple[Folder, ...]:
+    """Where a saved config of the checkpoint at ``folder`` may lie, nearest to the weights first.
+
+    Nothing but names is read, and of an archive its list of members.
+
+    Raises:
+        CheckpointError: what stands there contradicts itself, or is not finished.
+    """
+    way = _homes.homes(folder)
+    if not folder.is_file:
+        return way
+    for name in _fitting(folder):
+        unpack = load(name).unpack
+        if unpack is not None:
+            return (*_homes.homes(unpack(folder)), *way)
+    return way
 
 
 def _open_inner(folder: Folder) -> Contents:
-    return open_weights(folder)[1]
+    name, contents = open_weights(folder)
+    return replace(contents, metadata={"format": name, **contents.metadata})
 
 
 def _open_file(folder: Folder) -> tuple[str, Contents]:

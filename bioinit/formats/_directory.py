@@ -71,6 +71,12 @@ def stands_for_directory(name: str) -> bool:
     return found["total"] is not None and int(found["total"]) > 1
 
 
+def has_weights(folder: Folder) -> bool:
+    """Whether a name in ``folder`` looks like a file of weights that stands by itself."""
+    found = map(_WEIGHTS.fullmatch, folder.names())
+    return any(match and not _NOT_WEIGHTS.fullmatch(match["stem"]) for match in found)
+
+
 def choose(folder: Folder, *, pointed_at: str | None = None) -> Chosen | None:
     """The weight files of ``folder``, or None if none of its names looks like weights.
 

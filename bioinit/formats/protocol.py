@@ -51,11 +51,21 @@ class Contents:
     files: tuple[File, ...]
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Plain data for ``inspect``: writer, version, parallel layout, what is not a tensor."""
+    """Plain data for ``inspect``, under the names below where there is something to say:
+
+    ``writer``: who wrote it; ``parallel``: its parallel layout, ``{"tensor": 2, "pipeline": 1}``;
+    ``layout``: how the files belong together; ``objects``: what else the pickles hold;
+    ``byte_objects``: stored objects that are listed and never read; ``missing_chunks``: tensors of
+    which a part is not stored but has the fill value; ``ignored``: files that are not read, and
+    why; ``state_dict``: where in a pickle the weights are; ``format``: that of what lies inside.
+    """
+
+    homes: tuple[Folder, ...] = ()
+    """Where a saved config may lie: nearest to the weights first."""
 
 
 Open = Callable[[Folder], "Contents"]
-"""Opens an inner folder or window with whichever format recognizes it (formats nest)."""
+"""Opens an inner folder or file with whichever format recognizes it (formats nest)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,9 @@ class Format:
 
     ``recognizes`` must be cheap (names and the first bytes of at most one file) and never raise on
     foreign input. ``open`` reads headers only and raises ``CheckpointError`` with the cure.
+    ``unpack``, for an archive, gives its members as a folder.
     """
 
     recognizes: Callable[[Folder], bool]
     open: Callable[[Folder, Open], Contents]
+    unpack: Callable[[Folder], Folder] | None = None

@@ -54,11 +54,6 @@ class Initialized:
         prepared = self._prepared
         checkpoint = prepared.checkpoint
         context = None if checkpoint is None else checkpoint.context
-        carried = {
-            name
-            for found in (() if context is None else (context, *context.beside))
-            for name in found.carried
-        }
         self.receipt = save(
             self.model,
             path,
@@ -66,8 +61,8 @@ class Initialized:
             record=prepared.record,
             receipt=self.report.to_json(),
             origins={f"model.{d.field}": d.origin for d in self.plan.fields},
-            source=None if checkpoint is None else checkpoint.folder.around or checkpoint.folder,
-            carried=sorted(carried),
+            homes=() if checkpoint is None else checkpoint.homes,
+            carried=None if context is None else context.carried,
             keep=_lying(prepared),
             overwrite=overwrite,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
+from bioinit.storage.made import Made, filled
 from bioinit.storage.write import atomic_folder, require_free
 
-__all__ = ["File", "Folder", "atomic_folder", "disk_error", "require_free"]
+__all__ = ["File", "Folder", "Made", "atomic_folder", "disk_error", "filled", "require_free"]

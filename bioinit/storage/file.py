@@ -127,6 +127,16 @@ class File:
         return f"{self.path} ({self.name})"
 
     @property
+    def how(self) -> str | None:
+        """What is done to have these bytes, where no file holds them as they are; else None."""
+        return None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What reading found that people should know: sentences, none for a plain file."""
+        return []
+
+    @property
     def opened(self) -> int:
         """How often the file behind this window was opened."""
         return self._handle.opened

@@ -1,7 +1,7 @@
-"""Folders of files, for reading: a directory, or a single file presented as a folder of one.
+"""Folders of files, for reading: a directory, a single file as a folder of one, or an archive.
 
-A reader that is given a :class:`Folder` never cares which of the two a person pointed at. Names
-that a checkpoint gives are followed only inside the folder.
+A reader that is given a :class:`Folder` never cares which of them a person pointed at. Names that a
+checkpoint gives are followed only inside the folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -22,11 +23,21 @@ DEEPEST_JSON = 100
 
 
 class Folder:
-    """A directory, or a single file as a folder of one. Names in it are relative, with ``/``."""
+    """A directory, a single file as a folder of one, or the members of an archive.
 
-    def __init__(self, path: Path, *, only: str | None = None) -> None:
+    Names in it are relative, with ``/``. ``path`` is for messages: in an archive nothing lies there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        only: str | None = None,
+        members: Mapping[str, File] | None = None,
+    ) -> None:
         self.path = path
         self._only = only
+        self._members = members
         self._entries: dict[str, bool] | None = None
         self._files: dict[str, File] = {}
 
@@ -64,6 +75,14 @@ class Folder:
             f"cannot read {absolute}: it is neither a file nor a directory. Check the path."
         )
 
+    @classmethod
+    def over(cls, path: Path, members: Mapping[str, File]) -> Self:
+        """The ``members`` of the archive at ``path``, by their names in it, as a folder.
+
+        Names are relative and plain; no name is both a file and the folder of another.
+        """
+        return cls(path, members=members)
+
     def __repr__(self) -> str:
         return f"Folder({str(self.path)!r})"
 
@@ -85,8 +104,19 @@ class Folder:
 
     @property
     def around(self) -> Folder | None:
-        """The directory a single file lies in; None for a directory."""
-        return Folder(self.path.parent) if self.is_file else None
+        """The directory a single file lies in; None for a directory, and inside an archive."""
+        return Folder(self.path.parent) if self.is_file and self._members is None else None
+
+    @property
+    def parent(self) -> Folder | None:
+        """The directory above this one; None for what has none, and inside an archive."""
+        if self._members is not None or self.path.parent == self.path:
+            return None
+        return Folder(self.path.parent)
+
+    def has_sibling(self, name: str) -> bool:
+        """Whether something called ``name`` lies beside this directory."""
+        return self._members is None and os.path.lexists(self.path.parent / name)
 
     def names(self, *, deep: bool = False) -> tuple[str, ...]:
         """Names of the files here, sorted; with ``deep`` those of all inner folders too."""
@@ -106,6 +136,8 @@ class Folder:
             return False
         if "/" not in name:
             return self._listing().get(name) is False
+        if self._members is not None:
+            return name in self._members
         if self.is_file:
             return False
         try:
@@ -125,6 +157,8 @@ class Folder:
         found = self._files.get(name)
         if found is None:
             self.require_inside(name)
+            if self._members is not None:
+                return self._member(name)
             if self.is_file and name != self._only:
                 raise StorageError(f"cannot read {self.path}/{name}: {self.path} is a file.")
             found = File.at(self.path if self.is_file else self.path / name, name)
@@ -140,8 +174,23 @@ class Folder:
                 "you trust, or correct the name."
             )
 
+    def _member(self, name: str) -> File:
+        found = (self._members or {}).get(name)
+        if found is None:
+            raise StorageError(f"cannot read {self.path}/{name}: the archive has no such member.")
+        return found
+
     def folder(self, name: str) -> Folder:
         """The inner folder called ``name``."""
+        if self._members is not None and _stays_inside(name):
+            start = f"{name}/"
+            inner = {
+                member.removeprefix(start): file
+                for member, file in self._members.items()
+                if member.startswith(start)
+            }
+            if inner:
+                return Folder(self.path / name, members=inner)
         if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
             raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
         return Folder(self.path / name)
@@ -149,6 +198,8 @@ class Folder:
     def lone(self, name: str) -> Folder:
         """The file called ``name`` as a folder of one, sharing its descriptor with this folder."""
         file = self.file(name)
+        if self._members is not None:
+            return Folder(self.path / name, only=name, members={name: file})
         alone = Folder(file.path, only=file.path.name)
         alone._files[file.path.name] = file
         return alone
@@ -186,7 +237,7 @@ class Folder:
 
     def close(self) -> None:
         """Close every file that was asked for."""
-        for file in self._files.values():
+        for file in (*self._files.values(), *(self._members or {}).values()):
             file.close()
 
     def _listing(self) -> dict[str, bool]:
@@ -194,6 +245,9 @@ class Folder:
         if self._entries is None:
             if self._only is not None:
                 self._entries = {self._only: False}
+            elif self._members is not None:
+                split = (name.partition("/") for name in self._members)
+                self._entries = {first: bool(slash) for first, slash, _ in split}
             else:
                 try:
                     with os.scandir(self.path) as entries:

@@ -224,11 +224,11 @@ def test_a_damaged_config_is_corrupt(folder: Path, text: str) -> None:
 def test_ours_is_preferred_and_the_other_one_is_beside_it(folder: Path) -> None:
     write(folder, "generation_config.json", {})
     save_context(make_record(Config, {"hidden_size": 9}), folder)
-    context = find(Folder.at(folder))
+    context = find((Folder.at(folder),))
     assert context is not None
     assert context.dialect == "bioinit" and context.data["hidden_size"] == 9
     [other] = context.beside
-    assert other.dialect == "hf" and context.carried == ("generation_config.json",)
+    assert other.dialect == "hf" and list(context.carried) == ["generation_config.json"]
 
 
 @pytest.mark.parametrize("subpath", ["model", "model.config"])

@@ -18,7 +18,7 @@ def test_a_config_json_is_read_as_data_with_what_goes_along(tmp_path: Path) -> N
     assert (context.dialect, context.model, context.data) == ("hf", "bert", config)
     assert context.where == str(tmp_path / "config.json")
     assert context.tree == {"model": config, "generation": {"eos_token_id": 2}}
-    assert context.carried == ("generation_config.json", "tokenizer.json", "vocab.txt")
+    assert list(context.carried) == ["generation_config.json", "tokenizer.json", "vocab.txt"]
 
 
 def test_a_model_type_that_is_no_text_is_no_model_type(tmp_path: Path) -> None:

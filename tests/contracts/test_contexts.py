@@ -52,7 +52,7 @@ def test_a_real_folder_gives_plain_data(fixtures_dir: Path) -> None:
     folders = sorted(path.parent for path in fixtures_dir.glob("hf/*/*/config.json"))
     assert folders
     for folder in folders:
-        context = find(Folder.at(folder))
+        context = find((Folder.at(folder),))
         assert context is not None and context.model and context.where.startswith(str(folder))
         assert json.loads(json.dumps(dict(context.tree))) == context.tree
         assert context.tree["model"] == context.data

@@ -266,7 +266,7 @@ def test_a_saved_context_of_ours_is_read_back(tmp_path):
     record = merged(LLAMA, architecture="token_classification", num_labels=3).record
     save_context(record, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    saved = find(Folder.at(tmp_path))
+    saved = find((Folder.at(tmp_path),))
     assert saved.dialect == "bioinit" and FAMILY.recognizes(saved)
     fields = FAMILY.read_fields(saved).fields
     arguments = fdl.ordered_arguments(record)

@@ -42,7 +42,7 @@ def test_its_tensors_are_called_what_the_module_calls_them():
 
 def test_its_saved_context_is_read_back(tmp_path):
     save_context(make_record(MyConfig, {"depths": [3]}), tmp_path)
-    fields = families.of_config(MyConfig).read_fields(find(Folder.at(tmp_path))).fields
+    fields = families.of_config(MyConfig).read_fields(find((Folder.at(tmp_path),))).fields
     assert fields["depths"].value == (3,) and fields["depths"].literal
 
 
