@@ -1,8 +1,8 @@
 """The seam for saved configs: how a checkpoint says what model it holds, as plain data.
 
 A context is whatever the writer saved beside the weights (``config.json``, our ``context/``,
-NeMo's ``io.json``, ...). It is parsed as data; nothing it names is imported. A new kind of context is
-one new file in this folder that defines ``CONTEXT``.
+NeMo's ``io.json``, ...). It is parsed as data; nothing it names is imported. A new kind of context
+is one new file in this folder that defines ``CONTEXT``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From the folder that a person points at to the one in which the weights lie.
 
-Training systems wrap their weights: NeMo 2 keeps them in ``weights/`` beside ``context/``, NeMo 1 in
-``model_weights/``; Megatron, DeepSpeed and GPT-NeoX write one folder per saved step and a small
+Training systems wrap their weights: NeMo 2 keeps them in ``weights/`` beside ``context/``, NeMo 1
+in ``model_weights/``; Megatron, DeepSpeed and GPT-NeoX write one folder per saved step and a small
 file that names the latest. Every folder on the way is a *home*: a saved config may lie in it.
 """
 

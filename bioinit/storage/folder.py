@@ -25,7 +25,8 @@ DEEPEST_JSON = 100
 class Folder:
     """A directory, a single file as a folder of one, or the members of an archive.
 
-    Names in it are relative, with ``/``. ``path`` is for messages: in an archive nothing lies there.
+    Names in it are relative, with ``/``. ``path`` is for messages: in an archive nothing lies
+    there.
     """
 
     def __init__(
