@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from bioinit.errors import CorruptCheckpoint, StorageError
+from bioinit.storage.handle import Handle
 
 MOST_BUFFERS_PER_READ = 1024  # IOV_MAX of Linux
 MOST_BYTES_PER_READ = 1 << 30  # the kernel stops a little below 2 GiB
@@ -43,43 +43,6 @@ def disk_error(error: OSError, doing: str) -> StorageError:
     return StorageError(f"cannot {doing}: {reason}. {cure}")
 
 
-class _Handle:
-    """One file of the disk, shared by all its windows: its descriptor, and what was read."""
-
-    __slots__ = ("bytes_read", "descriptor", "lock", "opened", "path")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = -1
-        self.opened = 0
-        self.bytes_read = 0
-        self.lock = threading.Lock()
-
-    def fileno(self) -> int:
-        if self.descriptor < 0:
-            with self.lock:
-                if self.descriptor < 0:
-                    try:
-                        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                    except OSError as error:
-                        raise disk_error(error, f"open {self.path}") from error
-                    self.opened += 1
-        return self.descriptor
-
-    def close(self) -> None:
-        with self.lock:
-            if self.descriptor >= 0:
-                os.close(self.descriptor)
-                self.descriptor = -1
-
-    def count(self, size: int) -> None:
-        with self.lock:
-            self.bytes_read += size
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class File:
     """A file, or a window of one: ``size`` bytes that begin at byte ``offset`` of ``path``.
 
@@ -89,9 +52,7 @@ class File:
 
     __slots__ = ("_handle", "mtime_ns", "name", "offset", "path", "size")
 
-    def __init__(
-        self, handle: _Handle, name: str, *, offset: int, size: int, mtime_ns: int
-    ) -> None:
+    def __init__(self, handle: Handle, name: str, *, offset: int, size: int, mtime_ns: int) -> None:
         self._handle = handle
         self.path = handle.path
         self.name = name
@@ -110,7 +71,7 @@ class File:
         if not stat.S_ISREG(found.st_mode):
             raise StorageError(f"cannot read {path}: it is not a regular file. Check the path.")
         return cls(
-            _Handle(path),
+            Handle(path),
             path.name if name is None else name,
             offset=0,
             size=found.st_size,
@@ -154,8 +115,15 @@ class File:
         )
 
     def fileno(self) -> int:
-        """The descriptor, opened now if it was not. Byte 0 of the window is at ``offset``."""
-        return self._handle.fileno()
+        """The descriptor, which stays open until the file is closed or forgotten.
+
+        Byte 0 of the window is at ``offset``. For code that cannot be given bytes: what is read
+        through :meth:`read` and :meth:`read_into` may be closed in between.
+        """
+        try:
+            return self._handle.keep()
+        except OSError as error:
+            raise disk_error(error, f"open {self.path}") from error
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes from ``offset`` on.
@@ -165,13 +133,16 @@ class File:
             StorageError: the file system refused.
         """
         self._require(offset, size)
+        descriptor, done = self._acquire(), 0
         try:
-            data = os.pread(self._handle.fileno(), size, self.offset + offset)
+            data = os.pread(descriptor, size, self.offset + offset)
+            if len(data) == size:
+                done = size
+                return data
         except OSError as error:
             raise disk_error(error, f"read {self}") from error
-        if len(data) == size:
-            self._handle.count(size)
-            return data
+        finally:
+            self._handle.release(done)
         buffer = bytearray(size)
         self.read_into(offset, (buffer,))
         return bytes(buffer)
@@ -189,13 +160,20 @@ class File:
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         total = sum(view.nbytes for view in views)
         self._require(offset, total)
-        descriptor, position, index = self._handle.fileno(), self.offset + offset, 0
+        descriptor, done = self._acquire(), 0
+        try:
+            self._scatter(descriptor, offset, total, views)
+            done = total
+        except OSError as error:
+            raise disk_error(error, f"read {self}") from error
+        finally:
+            self._handle.release(done)
+
+    def _scatter(self, descriptor: int, offset: int, total: int, views: list[memoryview]) -> None:
+        position, index = self.offset + offset, 0
         end = position + total
         while position < end:
-            try:
-                got = os.preadv(descriptor, _next_call(views, index), position)
-            except OSError as error:
-                raise disk_error(error, f"read {self}") from error
+            got = os.preadv(descriptor, _next_call(views, index), position)
             if got == 0:
                 raise CorruptCheckpoint(
                     f"{self} ends at byte {position - self.offset}, but {total} bytes were wanted "
@@ -208,7 +186,12 @@ class File:
                     break
                 got -= views[index].nbytes
                 index += 1
-        self._handle.count(total)
+
+    def _acquire(self) -> int:
+        try:
+            return self._handle.acquire()
+        except OSError as error:
+            raise disk_error(error, f"open {self.path}") from error
 
     def close(self) -> None:
         """Give the descriptor back; the next read opens the file again."""
