@@ -23,13 +23,11 @@ if TYPE_CHECKING:
     import fiddle as fdl
 
     from bioinit.config import Run
-    from bioinit.contexts import Checkpoint
 
 INTERRUPTED, TERMINATED = 130, 143
 STORAGE = 5
 USAGE = 2
 BUG = 1
-_FILES_SHOWN = 8
 _LEFT = "what was finished stays, what was half done is gone"
 
 _OVERRIDES = """\
@@ -258,84 +256,17 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from bioinit.describe import describe, lines
     from bioinit.families import open_checkpoint
     from bioinit.report import printable
 
     with open_checkpoint(arguments.checkpoint) as checkpoint:
-        document = _described(checkpoint, arguments.tensors)
+        document = describe(checkpoint, with_tensors=arguments.tensors)
     if arguments.json:
         _print_json(document)
     else:
-        print("\n".join(map(printable, _inspect_lines(document))))
+        print("\n".join(map(printable, lines(document))))
     return 0
-
-
-def _described(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
-    from bioinit import families
-    from bioinit.layout import numel
-
-    dtypes: dict[str, dict[str, int]] = {}
-    for tensor in checkpoint.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        counts = dtypes.setdefault(name, {"tensors": 0, "bytes": 0})
-        counts["tensors"] += 1
-        counts["bytes"] += numel(tensor.shape) * tensor.dtype.itemsize
-    context = checkpoint.context
-    family = families.find(context, checkpoint.tensors)
-    document: dict[str, Any] = {
-        "path": str(checkpoint.path),
-        "format": checkpoint.format,
-        "dialect": checkpoint.dialect,
-        "family": family,
-        "tensors": len(checkpoint.tensors),
-        "bytes": checkpoint.bytes,
-        "dtypes": dtypes,
-        "files": [{"path": str(file.path), "bytes": file.size} for file in checkpoint.files],
-        "context": None
-        if context is None
-        else {
-            "dialect": context.dialect,
-            "where": context.where,
-            "model": context.model,
-            "data": dict(context.data),
-        },
-        "metadata": dict(checkpoint.metadata),
-        "digest": checkpoint.digest,
-    }
-    if with_tensors:
-        document["tensor_list"] = [
-            {
-                "key": key,
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-            }
-            for key, tensor in checkpoint.tensors.items()
-        ]
-    return document
-
-
-def _inspect_lines(document: dict[str, Any]) -> Iterator[str]:
-    from bioinit.report import human_bytes
-
-    for key in ("path", "format", "dialect", "family"):
-        yield f"{key:<9}{document[key] or 'unknown'}"
-    yield f"tensors  {document['tensors']}, {human_bytes(document['bytes'])}"
-    for name, counts in document["dtypes"].items():
-        yield f"dtype    {name}: {counts['tensors']} tensors, {human_bytes(counts['bytes'])}"
-    for file in document["files"][:_FILES_SHOWN]:
-        yield f"file     {file['path']}, {human_bytes(file['bytes'])}"
-    if len(document["files"]) > _FILES_SHOWN:
-        yield f"         and {len(document['files']) - _FILES_SHOWN} more; --json lists all"
-    context = document["context"]
-    if context is None:
-        yield "context  none: nothing here says what model this is"
-    else:
-        yield f"context  {context['where']}, {context['model'] or 'no model named'}"
-        for key, value in context["data"].items():
-            yield f"         {key}: {value}"
-    for tensor in document.get("tensor_list", ()):
-        shape = "x".join(map(str, tensor["shape"])) or "scalar"
-        yield f"{tensor['dtype']:<9}{shape:<16}{tensor['key']}"
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

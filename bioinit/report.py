@@ -82,6 +82,8 @@ class LoadReport:
     """Elements of all parameters."""
     document: Callable[[], Mapping[str, Any]] = dict
     """Makes the plan's JSON, which the receipt extends."""
+    remarks: tuple[str, ...] = ()
+    """What the readers found that is no problem, but nobody would expect."""
 
     def raise_for_problems(self) -> LoadReport:
         """Return this report, or raise.
@@ -102,6 +104,7 @@ class LoadReport:
             "seconds": round(self.seconds, 6),
             "trainable_parameters": self.trainable,
             "parameters": self.parameters,
+            "remarks": list(self.remarks),
         }
 
     def render(self) -> str:
@@ -113,6 +116,7 @@ class LoadReport:
             f"({human_bytes(int(rate))}/s); "
             f"{self.trainable:,} of {self.parameters:,} parameters are trainable"
         )
+        lines.extend(printable(f"remark: {remark}") for remark in self.remarks)
         lines.extend(printable(f"problem: {problem}") for problem in self.problems)
         return "\n".join(lines)
 

@@ -61,8 +61,10 @@ def find(context: Context | None, stored: Iterable[str]) -> str | None:
 def dialect_of(context: Context | None, stored: Collection[str]) -> str | None:
     """Whose spelling the names of a checkpoint are, or None if no family knows it."""
     name = find(context, stored)
-    # A saved config decides about the family even where no name has a mark of its own.
-    return None if name is None else load(name).dialect_of(stored) or "hf"
+    if name is not None:
+        # A saved config decides about the family even where no name has a mark of its own.
+        return load(name).dialect_of(stored) or "hf"
+    return None if context is None or context.dialect == "bioinit" else context.dialect
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

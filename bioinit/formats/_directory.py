@@ -23,7 +23,7 @@ _WEIGHTS = re.compile(rf"(?P<stem>.+?)(-(?P<number>\d{{1,6}})-of-(?P<total>\d{{1
 _INDEX = re.compile(rf"(?P<stem>.+){_SUFFIX}\.index\.json")
 _NOT_WEIGHTS = re.compile(
     r"training_args|(.*_)?optimizer.*|(lr_)?scheduler.*|rng_state.*|random_states.*|scaler.*"
-    r"|sampler.*|dl_state_dict.*|trainer_state|.*optim_states|adapter_.*|tokenizer.*"
+    r"|sampler.*|dl_state_dict.*|trainer_state|.*optim_states|adapter_.*|tokenizer.*|common"
 )
 _STEM_BY_DEFAULT = {SAFE: "model", "bin": "pytorch_model"}
 

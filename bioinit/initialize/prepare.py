@@ -227,6 +227,13 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
     assert checkpoint is not None and checkpoint.context is not None
     context = checkpoint.context
     fitting = families.find(context, checkpoint.tensors)
+    if fitting is None and context.dialect not in ("hf", "bioinit"):
+        return ConfigError(
+            f"{context.where} says, in the dialect {context.dialect!r}, that the model is a "
+            f"{context.model or 'model without a name'}, which no family here reads yet: "
+            f"{', '.join(families.names())}. `bioinit inspect` shows what is there; with your own "
+            "module and its names, bioinit.load_weights(module, path) loads it."
+        )
     if context.model is None and fitting is None:
         return ConfigError(
             f"{context.where} names no model_type (a text), so the family {run.family!r} cannot "
@@ -307,7 +314,22 @@ def _notes(
     ignored = _left_out(checkpoint, "ignored")
     if ignored:
         notes.append(f"files left out: {ignored}")
+    notes.extend([] if checkpoint is None else _made(checkpoint))
     return notes
+
+
+def _made(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is not copied as it lies: how many stored tensors, and what is done for them."""
+    ways = [file.how for file in checkpoint.files]
+    if not any(ways):
+        return
+    counts: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.kind == "weight":
+            for way in {way for piece in tensor.pieces if (way := ways[piece.file])}:
+                counts[way] = counts.get(way, 0) + 1
+    for way, count in counts.items():
+        yield f"{count} stored tensors are made while they are read: {way}"
 
 
 def _left_out(checkpoint: Checkpoint | None, what: str) -> str:

@@ -93,6 +93,7 @@ def execute(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters),
         document=plan.to_json,
+        remarks=tuple(dict.fromkeys(remark for file in files for remark in file.remarks)),
     )
 
 
