@@ -1,0 +1,196 @@
+"""Checkpoints divided over partitions of a model, each a file of its own, as one set of tensors.
+
+Shared by the formats that are such folders. A format finds its files and says which tensors are
+parts of which; here the parts become one tensor: pieces where each partition holds a box of it,
+bytes made while reading where they hold copies or summands.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from bioinit.errors import AmbiguousFormat, CorruptCheckpoint
+from bioinit.formats._partitions.combine import Part, same, total
+from bioinit.formats._partitions.rules import SAME, Rule, Rules, style
+from bioinit.formats.protocol import Contents, Piece, StoredTensor
+from bioinit.layout import Box, Dims
+from bioinit.storage import File
+
+__all__ = ["SAME", "Merger", "Part", "Rule", "Rules", "settings", "style"]
+
+
+class Merger:
+    """Gathers the files of all partitions, and the tensors that their parts make."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.files: list[File] = []
+        self.tensors: dict[str, StoredTensor] = {}
+        self.kinds: Counter[str] = Counter()
+
+    def take(self, contents: Contents) -> dict[str, StoredTensor]:
+        """The tensors of one file, counted among all files."""
+        first = len(self.files)
+        self.files.extend(contents.files)
+        return {
+            name: StoredTensor(
+                shape, dtype, tuple(Piece(first + file, at, box) for file, at, box in pieces), kind
+            )
+            for name, (shape, dtype, pieces, kind) in contents.tensors.items()
+        }
+
+    def aside(self, label: str, tensors: Mapping[str, StoredTensor]) -> None:
+        """List what is no weight under the name of its partition; it is not put together."""
+        for name, tensor in tensors.items():
+            if tensor.kind != "weight":
+                self.add(f"{label}.{name}", tensor)
+
+    def add(self, name: str, tensor: StoredTensor) -> None:
+        """Add a tensor that is whole.
+
+        Raises:
+            CorruptCheckpoint: there is one of that name.
+        """
+        if name in self.tensors:
+            raise CorruptCheckpoint(
+                f"{self.where} holds the tensor {name!r} twice. Fetch or write it again."
+            )
+        self.tensors[name] = tensor
+
+    def merge(
+        self, prefix: str, partitions: Sequence[tuple[str, Mapping[str, StoredTensor]]],
+        rules: Rules, remark: str = "",
+    ) -> None:  # fmt: skip
+        """Add the weights of ``partitions``, each a file's name and its tensors, under ``prefix``.
+
+        Raises:
+            CorruptCheckpoint: the partitions contradict each other.
+            AmbiguousFormat: nobody knows how a tensor was divided.
+        """
+        first, tensors = partitions[0]
+        weights = [name for name, tensor in tensors.items() if tensor.kind == "weight"]
+        for file, others in partitions[1:]:
+            self._require_same_names(first, weights, file, others)
+        for name in weights:
+            parts = [Part(file, found[name]) for file, found in partitions]
+            self.add(prefix + name, self.whole(prefix + name, parts, rules, name, remark))
+
+    def whole(
+        self, name: str, parts: Sequence[Part], rules: Rules, known_as: str, remark: str = ""
+    ) -> StoredTensor:
+        """The tensor whose ``parts`` these are; ``known_as`` is its name in its file."""
+        if len(parts) == 1:
+            return parts[0].tensor
+        rule = rules.find(known_as)
+        if rule is None:
+            self._raise_unknown(name, parts, rules)
+        self._require_alike(name, parts)
+        self.kinds[rule.kind] += 1
+        if rule.kind in ("same", "sum"):
+            return self.combined(name, parts, rule, remark)
+        return self._placed(parts, rule)
+
+    def combined(
+        self, name: str, parts: Sequence[Part], rule: Rule, remark: str = ""
+    ) -> StoredTensor:
+        """A tensor that every part holds a copy of, or a summand."""
+        self._require_alike(name, parts)
+        shape, dtype, _, kind = parts[0].tensor
+        if 0 in shape:
+            return parts[0].tensor
+        made = (
+            same(self.files, name, parts)
+            if rule.kind == "same"
+            else total(self.files, name, parts, remark)
+        )
+        self.files.append(made)
+        piece = Piece(len(self.files) - 1, 0, Box.contiguous(shape))
+        return StoredTensor(shape, dtype, (piece,), kind)
+
+    def _placed(self, parts: Sequence[Part], rule: Rule) -> StoredTensor:
+        """A tensor that every part holds a box of, or two: its gate and its other half."""
+        shape, dtype, _, kind = parts[0].tensor
+        size, count = shape[rule.dim], len(parts)
+        slabs = 2 if rule.kind == "gated" else 1
+        length = size // slabs
+        pieces = []
+        for slab in range(slabs):
+            for index, part in enumerate(parts):
+                low = slab * length
+                to = (slab * count + index) * length
+                pieces += _cut(part.tensor.pieces, rule.dim, low, low + length, to)
+        return StoredTensor(_with(shape, rule.dim, size * count), dtype, tuple(pieces), kind)
+
+    def _require_same_names(
+        self, first: str, weights: Sequence[str], file: str, others: Mapping[str, StoredTensor]
+    ) -> None:
+        found = {name for name, tensor in others.items() if tensor.kind == "weight"}
+        odd = [name for name in weights if name not in found]
+        holds, lacks = first, file
+        if not odd:
+            odd = sorted(found - set(weights))
+            holds, lacks = file, first
+        if odd:
+            raise CorruptCheckpoint(
+                f"{holds} in {self.where} holds the tensor {odd[0]!r}, which {lacks}, another "
+                "partition of the same, lacks. Fetch or write both again."
+            )
+
+    def _require_alike(self, name: str, parts: Sequence[Part]) -> None:
+        one = parts[0]
+        for other in parts[1:]:
+            if other.tensor[:2] != one.tensor[:2]:
+                raise CorruptCheckpoint(
+                    f"the partitions of {name!r} in {self.where} do not belong together: "
+                    f"{one.file} has {_words(one.tensor)}, {other.file} has {_words(other.tensor)},"
+                    " and all partitions are equally large. Fetch or write them again."
+                )
+
+    def _raise_unknown(self, name: str, parts: Sequence[Part], rules: Rules) -> NoReturn:
+        hidden = "no norm says how wide the model is" if rules.hidden is None else (
+            f"shapes do not tell, in a model {rules.hidden} wide"
+        )  # fmt: skip
+        raise AmbiguousFormat(
+            f"nobody knows how the tensor {name!r} in {self.where} was divided: each of its "
+            f"{len(parts)} partitions has {_words(parts[0].tensor)}; its name is in no table, and "
+            f"{hidden}. Merge the partitions into one with the program that wrote them, or add the "
+            "name to bioinit/formats/_partitions/rules.py."
+        )
+
+
+def _cut(pieces: Sequence[Piece], dim: int, low: int, high: int, to: int) -> list[Piece]:
+    """What of ``pieces`` lies between ``low`` and ``high`` of ``dim``, moved to begin at ``to``."""
+    found = []
+    for file, offset, (offsets, sizes, start, strides) in pieces:
+        begin, end = max(low, offsets[dim]), min(high, offsets[dim] + sizes[dim])
+        if end < begin or (end == begin and sizes[dim]):
+            continue
+        box = Box(
+            _with(offsets, dim, to + begin - low),
+            _with(sizes, dim, end - begin),
+            start + (begin - offsets[dim]) * strides[dim],
+            strides,
+        )
+        found.append(Piece(file, offset, box))
+    return found
+
+
+def _with(dims: Dims, dim: int, size: int) -> Dims:
+    return (*dims[:dim], size, *dims[dim + 1 :])
+
+
+def _words(tensor: StoredTensor) -> str:
+    return f"shape {tensor.shape} of {tensor.dtype}"
+
+
+def settings(objects: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Those of ``names`` that the plain data of a pickle holds; an inert object as its state."""
+    if not isinstance(objects, Mapping):
+        return {}
+    found = {name: objects[name] for name in names if objects.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, Mapping) and isinstance(value.get("state"), Mapping):
+            found[name] = value["state"]
+    return found

@@ -1,0 +1,161 @@
+"""What GPT-NeoX and Megatron-DeepSpeed write with pipelines: a file for each layer and partition.
+
+``layer_XX-model_YY-model_states.pt`` is a state dict of one layer, ``XX`` its place among all the
+layers of the pipeline, with gaps where a layer has no parameters. Stored names are ``XX.<name in
+the file>``, ``XX`` as a plain number. What else lies there is state of the engine that trained it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bioinit.errors import CheckpointError, CorruptCheckpoint
+from bioinit.formats._partitions import Merger, Rules, settings, style
+from bioinit.formats.protocol import Contents, Format, Open, StoredTensor
+from bioinit.storage import Folder
+
+_LAYER = re.compile(r"layer_(\d{1,6})-model_(\d{1,6})-model_states\.pt")
+_ENGINE = re.compile(r"mp_rank_(\d{1,6})_model_states\.pt")
+_OPTIMIZER = re.compile(r".*optim_states\.pt")
+_KEPT = ("args", "iteration", "global_steps", "mp_world_size", "dp_world_size", "ds_version")
+_NO_GPT_J = re.compile(r"""^[\s{,]*["']?gpt[-_]j[-_]residual["']?\s*:\s*[Ff]alse""", re.MULTILINE)
+_WRITERS = {
+    "neox": "GPT-NeoX (DeepSpeed pipeline)",
+    "savanna": "Savanna (DeepSpeed pipeline)",
+    "megatron": "Megatron-DeepSpeed (DeepSpeed pipeline)",
+}
+_LARGEST_CONFIG = 2**20
+
+
+def _recognizes(folder: Folder) -> bool:
+    return not folder.is_file and any(map(_LAYER.fullmatch, folder.names()))
+
+
+def _open(folder: Folder, open_inner: Open) -> Contents:
+    layers = _layers(folder)
+    count = len(next(iter(layers.values())))
+    merger = Merger(str(folder.path))
+    opened = {
+        number: [(name, merger.take(open_inner(folder.lone(name)))) for name in names]
+        for number, names in layers.items()
+    }
+    table = style([name for parts in opened.values() for name in parts[0][1]])
+    everything: dict[str, StoredTensor] = {
+        f"{number}.{name}": tensor
+        for number, parts in opened.items()
+        for name, tensor in parts[0][1].items()
+    }
+    engine, ignored = _engine(folder, open_inner)
+    _require_as_many(folder, engine, count)
+    args = engine.get("args")
+    hidden = args.get("hidden_size") if isinstance(args, Mapping) else None
+    width = Rules(table, everything, hidden=hidden if type(hidden) is int else None).hidden
+    remark = _doubt(folder) if table == "neox" and count > 1 else ""
+    for number, parts in opened.items():
+        for name, tensors in parts:
+            merger.aside(name, tensors)
+        merger.merge(f"{number}.", parts, Rules(table, parts[0][1], hidden=width), remark)
+    metadata: dict[str, Any] = {
+        "writer": _WRITERS[table],
+        "parallel": {"tensor": count},
+        "layout": f"{len(layers)} layers, each in {count} files"
+        if count > 1
+        else f"{len(layers)} layers, each in a file",
+    }
+    if merger.kinds:
+        metadata["merged"] = dict(merger.kinds)
+    if remark:
+        metadata["doubt"] = remark
+    if isinstance(engine.get("iteration"), int):
+        metadata["iteration"] = engine["iteration"]
+    if engine:
+        metadata["objects"] = engine
+    if ignored:
+        metadata["ignored"] = ignored
+    return Contents(tuple(merger.files), merger.tensors, metadata)
+
+
+def _layers(folder: Folder) -> dict[int, list[str]]:
+    """The files of every layer, by partition, all layers in order.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, or two have the same place.
+    """
+    found: dict[int, dict[int, str]] = {}
+    for name in folder.names():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            continue
+        layer = found.setdefault(int(match[1]), {})
+        if int(match[2]) in layer:
+            raise CorruptCheckpoint(
+                f"{folder.path} holds {layer[int(match[2])]} and {name}, which have the same place."
+                " Remove the one that does not belong there."
+            )
+        layer[int(match[2])] = name
+    numbers = {number for layer in found.values() for number in layer}
+    count = len(numbers)
+    for number, layer in sorted(found.items()):
+        # Counting as far as there are files, not as far as one of their names says.
+        missing = next((n for n in range(count) if n not in layer), None)
+        if missing is not None:
+            raise CorruptCheckpoint(
+                f"{folder.path} lacks layer_{number:02d}-model_{missing:02d}-model_states.pt: "
+                f"other files are of partition {max(numbers)}, so every layer needs partitions 0 "
+                f"to {max(numbers)}. Fetch it, or point at a complete checkpoint."
+            )
+    return {number: [layer[n] for n in sorted(layer)] for number, layer in sorted(found.items())}
+
+
+def _engine(folder: Folder, open_inner: Open) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the engine's first file says of the run, and the files that hold no weights."""
+    said: dict[str, Any] = {}
+    ignored: dict[str, str] = {}
+    for name in folder.names():
+        if _OPTIMIZER.fullmatch(name):
+            ignored[name] = "state of the optimizer"
+        elif found := _ENGINE.fullmatch(name):
+            ignored[name] = "state of the engine that trained it"
+            if int(found[1]) == 0:
+                try:
+                    said = settings(open_inner(folder.lone(name)).metadata.get("objects"), _KEPT)
+                except CheckpointError as error:  # no weight depends on it
+                    ignored[name] = f"state of the engine that trained it, not readable: {error}"
+    return said, ignored
+
+
+def _require_as_many(folder: Folder, engine: Mapping[str, Any], count: int) -> None:
+    said = engine.get("mp_world_size")
+    if type(said) is int and said > count:
+        raise CorruptCheckpoint(
+            f"{folder.path} holds layers in {count} partitions, but mp_rank_00_model_states.pt says"
+            f" that there are {said}: layer_*-model_{count:02d}-model_states.pt and what follows is"
+            " missing. Fetch the rest, or point at a complete checkpoint."
+        )
+
+
+def _doubt(folder: Folder) -> str:
+    """What to tell people if a saved setting says that the biases are copies, not summands.
+
+    GPT-NeoX's own tools, which others follow, add up the biases of row-parallel layers in every
+    checkpoint. That is right where attention and MLP are reduced together, as in the 20B model.
+    """
+    places = [folder, folder.parent] if folder.parent is not None else [folder]
+    for place in places:
+        for inner in [place, *(place.folder(f) for f in place.folders() if f == "configs")]:
+            for name in inner.names():
+                file = inner.file(name) if name.endswith((".yml", ".yaml")) else None
+                if file is None or file.size > _LARGEST_CONFIG:
+                    continue
+                if _NO_GPT_J.search(file.read(0, file.size).decode("utf-8", "replace")):
+                    return (
+                        f"biases of row-parallel layers are the sum of their partitions, as in "
+                        f"GPT-NeoX's own tools, but {name} says gpt_j_residual: false, with which "
+                        "training keeps a copy in each"
+                    )
+    return ""
+
+
+FORMAT = Format(recognizes=_recognizes, open=_open)
