@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from bioinit import formats
+from bioinit.contexts import Checkpoint, open_checkpoint
 from bioinit.errors import CheckpointError, CorruptCheckpoint
 from bioinit.formats.protocol import Contents
-from bioinit.layout import numel
+from bioinit.layout import Dims, numel
 from bioinit.storage import Folder
 
 TESTS = Path(__file__).parents[1] / "formats"
@@ -38,6 +39,12 @@ SMALL = {
     "empty": torch.empty(0, 4),
     "layers.0.weight": torch.arange(100, 106.0).view(3, 2),
 }
+DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+SHAPES = ((), (1,), (0, 3), (7,), (5, 8), (3, 4, 5), (2, 1, 3, 2))
 WEIGHTS = {f"layers.{i}.weight": torch.arange(1024.0).view(32, 32) + i for i in range(8)}
 HEADER_BYTES = 200_000
 
@@ -139,6 +146,8 @@ def test_gives_every_tensor_bit_for_bit(name, writer, tmp_path):
 
 @each_writer
 def test_reads_headers_only(name, writer, tmp_path):
+    if writer in getattr(module_for(name), "READS_WHOLE", ()):
+        pytest.skip("its table of contents is found by reading it whole, once")
     big = {"w": torch.zeros(1024, 1024), "x": torch.ones(512, 1024)}
     contents = opened(written(tmp_path, name, writer, big))
     assert sum(f.bytes_read for f in contents.files) < HEADER_BYTES
@@ -226,3 +235,70 @@ def test_no_other_format_claims_it(name, writer, tmp_path):
     others = [formats.load(other) for other in SIBLINGS if other != name]
     for path in (folder, *(p for p in folder.iterdir() if p.is_file())):
         assert not any(other.recognizes(Folder.at(path)) for other in others)
+
+
+def of_every_kind() -> dict[str, torch.Tensor]:
+    """A tensor of each dtype in each shape, of random bits."""
+    chance = random.Random(3)
+    state = {}
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            count = numel(shape)
+            bits = bytearray(chance.randbytes(max(1, count) * dtype.itemsize))
+            if dtype is torch.bool:
+                bits = bytearray(bit & 1 for bit in bits)
+            flat = torch.frombuffer(bits, dtype=dtype)[:count]
+            state[f"{dtype}.{'x'.join(map(str, shape)) or 'scalar'}"] = flat.reshape(shape)
+    return state
+
+
+def random_box(chance: random.Random, shape: tuple[int, ...]) -> tuple[Dims, Dims]:
+    offsets = tuple(chance.randint(0, size) for size in shape)
+    return offsets, tuple(
+        chance.randint(0, size - low) for size, low in zip(shape, offsets, strict=True)
+    )
+
+
+@each_writer
+def test_any_region_is_that_region_of_the_whole(name, writer, tmp_path):
+    module, state = module_for(name), of_every_kind()
+    unwritten = getattr(module, "UNWRITTEN", ())  # dtypes that the original writer has not
+    state = {key: value for key, value in state.items() if value.dtype not in unwritten}
+    chance = random.Random(4)
+    with open_checkpoint(written(tmp_path / "it", name, writer, state)) as checkpoint:
+        assert set(checkpoint.tensors) == set(state)
+        for key, tensor in state.items():
+            regions = [None, *(random_box(chance, tuple(tensor.shape)) for _ in range(6))]
+            for region in regions:
+                found = checkpoint.read(key, region)
+                expected = tensor
+                for dim, (low, size) in enumerate(zip(*(region or ((), ())), strict=True)):
+                    expected = expected.narrow(dim, low, size)
+                assert same_bits(found, expected), (key, region)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
+
+
+@each_writer
+def test_a_region_of_rows_costs_its_own_bytes(name, writer, tmp_path):
+    if writer in getattr(module_for(name), "READS_WHOLE", ()):
+        pytest.skip("bytes that are made are not read by region")
+    big = {"w": torch.arange(1024 * 512.0).view(1024, 512)}
+    with open_checkpoint(written(tmp_path / "it", name, writer, big)) as checkpoint:
+        before = sum(count_of(checkpoint))
+        found = checkpoint.read("w", ((100, 0), (256, 512)))
+        assert torch.equal(found, big["w"][100:356])
+        assert sum(count_of(checkpoint)) - before <= 1.02 * 256 * 512 * 4
+
+
+def count_of(checkpoint: Checkpoint) -> Iterator[int]:
+    """Bytes read from each file of the disk; windows of one share a count."""
+    seen: dict[int, int] = {}
+    for file in checkpoint.files:
+        seen[id(file._handle)] = file.bytes_read
+    yield from seen.values()
