@@ -7,8 +7,10 @@ from torch import nn
 
 from bioinit.config import InitPolicy
 from bioinit.formats import open_weights
+from bioinit.layout import Box, intersect
 from bioinit.mapping import Mapping, Names
-from bioinit.plan import Model, plan
+from bioinit.plan import Copy, Model, plan
+from bioinit.plan.reading import bytes_by_file
 from bioinit.rules import Narrow, Part, Rule, Unflatten
 from bioinit.storage import Folder
 from bioinit.targets import describe
@@ -270,3 +272,20 @@ def test_a_stored_tensor_that_does_not_fit_its_rule_is_a_problem_with_its_name(p
     memory = Mapping([Rule("q", (Part("q", (Unflatten(0, (2, 2)),)),))])
     found = planned({"qkv": torch.zeros(7, 2)}, Names(disk, memory), Split()).problems
     assert found[-1].key == "qkv" and "[7, 2]" in found[-1].message and found[-1].cure
+
+
+def columns(low: int, high: int) -> Copy:
+    whole = Box.contiguous((64, 32))
+    overlap = intersect(whole, Box((0, low), (64, high - low), 0, (high - low, 1)))
+    assert overlap is not None
+    return Copy(0, 100, torch.float32, overlap)
+
+
+def test_columns_are_planned_with_the_gaps_that_are_read_along():
+    counts, along = bytes_by_file([columns(0, 8)])
+    assert counts == {0: (63 * 32 + 8) * 4} and along == 63 * 24 * 4
+
+
+def test_columns_that_make_up_whole_rows_are_read_once():
+    counts, along = bytes_by_file([columns(8, 32), columns(0, 8)])
+    assert counts == {0: 64 * 32 * 4} and along == 0

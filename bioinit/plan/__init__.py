@@ -26,7 +26,8 @@ from bioinit.plan.facts import (
     TargetPlan,
     worker_count,
 )
-from bioinit.report import Claim, Unused
+from bioinit.plan.reading import bytes_by_file
+from bioinit.report import Claim, Unused, human_bytes
 
 __all__ = [
     "SKIP_LIST",
@@ -120,15 +121,13 @@ def _total(
     notes: Sequence[str],
 ) -> LoadPlan:
     """Add up bytes and memory."""
-    by_file: dict[int, int] = {}
+    by_file, along = bytes_by_file(c for each in plans.values() for c in each.all_copies())
     parameters = converting = 0
     counted: set[int] = set()
     is_staged = False
     for planned in plans.values():
         parameters += numel(planned.claim.shape) * planned.dtype.itemsize
-        for copy in planned.all_copies():
-            by_file[copy.file] = by_file.get(copy.file, 0) + copy.bytes
-            is_staged = is_staged or not copy.is_run(planned.dtype)
+        is_staged = is_staged or not all(c.is_run(planned.dtype) for c in planned.all_copies())
         if planned.conversion is not None and id(planned.conversion) not in counted:
             counted.add(id(planned.conversion))
             # The sources and what the conversion makes of them live side by side for a while.
@@ -137,6 +136,8 @@ def _total(
                 for piece in stored[name].pieces:
                     size = numel(piece.box.sizes) * stored[name].dtype.itemsize
                     by_file[piece.file] = by_file.get(piece.file, 0) + size
+    if along:
+        notes = (*notes, f"{human_bytes(along)} between wanted columns are read along")
     # A buffer holds up to two blocks that overlap in the file.
     staging = worker_count() * 2 * STAGING_BYTES if is_staged else 0
     return LoadPlan(
