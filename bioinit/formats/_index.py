@@ -1,0 +1,218 @@
+"""The index that torch's distributed checkpoint keeps: which chunk of which tensor lies where.
+
+It is a pickle of torch's own classes, which are not imported: they come out of the closed
+unpickler as inert objects whose state is looked at here, one field after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
+from bioinit.formats._tiling import Span
+from bioinit.layout import Dims, numel
+from bioinit.storage import File
+from bioinit.unpickle import Opaque, load
+
+MOST_DIMS = 64
+MOST = 1 << 63
+CLASS_WORDS = (b"torch.distributed.checkpoint", b"torch.distributed._shard.checkpoint")
+
+
+class Place(NamedTuple):
+    """Where an item lies: bytes of a file of the folder. ``transforms``: what was done to them."""
+
+    path: str
+    offset: int
+    length: int
+    transforms: tuple[str, ...] = ()
+
+
+class Indexed(NamedTuple):
+    """A tensor of the index."""
+
+    shape: Dims
+    dtype: torch.dtype
+    chunks: list[Span]
+
+
+@dataclass
+class Index:
+    """What one or several index files say."""
+
+    tensors: dict[str, Indexed] = field(default_factory=dict)
+    objects: list[str] = field(default_factory=list)
+    places: dict[tuple[str, Dims | None], Place] = field(default_factory=dict)
+    version: str | None = None
+    ranks: int | None = None
+    reshaped: dict[str, Dims] = field(default_factory=dict)
+    """Tensors that Megatron stores flattened, and the shape they have in the model."""
+
+    def place(self, name: str, at: Dims) -> Place | None:
+        """Where the chunk of ``name`` that begins ``at`` lies."""
+        found = self.places.get((name, at))
+        if found is None and len(self.tensors[name].chunks) == 1:
+            found = self.places.get((name, None))
+        return found
+
+
+def is_index(file: File) -> bool:
+    """Whether ``file`` begins like a pickle of torch's classes."""
+    start = file.read(0, min(file.size, 200))
+    return start.startswith(b"\x80") and any(word in start for word in CLASS_WORDS)
+
+
+def read_index(file: File, into: Index) -> None:
+    """Add what the index ``file`` says.
+
+    Raises:
+        CorruptCheckpoint: it contradicts itself, or is no index.
+    """
+    data = file.read(0, file.size)
+    value = load(data, where=str(file))
+    state = _state(file, value, "Metadata", "the index")
+    version = state.get("version")
+    into.version = version if type(version) is str else into.version
+    plans = state.get("all_local_plans")
+    into.ranks = len(plans) if type(plans) is list else into.ranks
+    for name, entry in _mapping(file, state, "state_dict_metadata").items():
+        if type(name) is not str:
+            _corrupt(file, f"it names a tensor by a {type(name).__name__}")
+        if type(entry) is Opaque and entry.name == "BytesStorageMetadata":
+            into.objects.append(name)
+        else:
+            _add_tensor(file, into, name, entry, room=len(data))
+    stored = state.get("storage_data")
+    if type(stored) is not dict:
+        _corrupt(file, f"its storage_data are a {type(stored).__name__}, not a table of places")
+    _add_places(file, into, stored)
+    _note_reshaped(state.get("mcore_data"), into)
+
+
+def _add_tensor(file: File, into: Index, name: str, entry: Any, room: int) -> None:
+    try:
+        state = entry.state
+        properties = state["properties"]
+        shape = dims(state["size"])
+        dtype = _dtype(properties)
+        chunks = state["chunks"]
+        if type(chunks) is not list or len(chunks) > room:
+            raise ValueError("chunks are no list")
+        spans = []
+        for chunk in chunks:
+            inside = chunk.state
+            spans.append((dims(inside["offsets"]), dims(inside["sizes"])))
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        _corrupt(file, f"its entry for {name!r:.200} makes no sense: {_said(error)}")
+    if dtype is None:
+        _corrupt(file, f"its entry for {name!r:.200} has no dtype")
+    if numel(tuple(n for n in shape if n)) * dtype.itemsize >= MOST:
+        _corrupt(file, f"its entry for {name!r:.200} has the shape {shape}, more than there can be")
+    known = into.tensors.get(name)
+    if known is None:
+        into.tensors[name] = Indexed(shape, dtype, spans)
+        return
+    # Ranks that wrote an index each may all have stored what they hold alike.
+    if known[:2] != (shape, dtype):
+        _corrupt(
+            file,
+            f"its entry for {name!r:.200} says {dtype} {shape}, and another index says "
+            f"{known.dtype} {known.shape}",
+        )
+    held = set(known.chunks)
+    known.chunks.extend(span for span in spans if span not in held)
+
+
+def _dtype(properties: Any) -> torch.dtype | None:
+    """The dtype among a tensor's properties, which pickle as a tuple, or in old torch by name."""
+    state = properties.state
+    found = state.get("dtype") if type(state) is dict else state[0]
+    return found if type(found) is torch.dtype else None
+
+
+def dims(value: Any) -> Dims:
+    """``value`` if it is a shape or an offset.
+
+    Raises:
+        ValueError: it is not, or larger than there can be.
+    """
+    if type(value) is list:
+        value = tuple(value)
+    if type(value) is not tuple or len(value) > MOST_DIMS:
+        raise ValueError("an offset or a size is no short tuple")
+    for number in value:
+        if type(number) is not int or not 0 <= number < MOST:
+            raise ValueError("an offset or a size is no whole number that can be")
+    return value
+
+
+def _add_places(file: File, into: Index, stored: dict[Any, Any]) -> None:
+    places, entry = into.places, None
+    names: dict[str, str] = {}
+    try:
+        for index, entry in stored.items():
+            key = index.state
+            name, at = key["fqn"], key.get("offset")
+            place = entry.state
+            path, offset, length = place["relative_path"], place["offset"], place["length"]
+            if type(name) is not str or type(path) is not str:
+                raise ValueError("a name is no text")
+            if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
+                raise ValueError("a place in a file is no whole number")
+            found = Place(names.setdefault(path, path), offset, length)
+            transforms = place.get("transform_descriptors")
+            if transforms:
+                found = found._replace(transforms=tuple(str(t)[:100] for t in transforms[:10]))
+            where = (name, None if at is None else dims(at))
+            places.setdefault(where, found)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        _corrupt(file, f"its storage_data make no sense at entry {len(places)}: {_said(error)}")
+
+
+def _note_reshaped(noted: Any, into: Index) -> None:
+    """Megatron's own notes; they are not needed to read anything, so nonsense is passed over."""
+    if type(noted) is not dict:
+        return
+    for name, entry in noted.items():
+        shape = entry.get("nd_reformulated_orig_global_shape") if type(entry) is dict else None
+        if type(name) is str and type(shape) is tuple and all(type(n) is int for n in shape):
+            into.reshaped[name] = shape
+
+
+def _state(file: File, value: Any, name: str, what: str) -> dict[str, Any]:
+    if type(value) is not Opaque or value.name != name or type(value.state) is not dict:
+        found = value.name if isinstance(value, Opaque) else type(value).__name__
+        _corrupt(file, f"{what} is a {found:.100}, not torch's {name}")
+    return value.state
+
+
+def _mapping(file: File, state: dict[str, Any], name: str) -> dict[Any, Any]:
+    found = state.get(name)
+    if type(found) is not dict:
+        _corrupt(file, f"its {name} are a {type(found).__name__}, not a table")
+    return found
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, AttributeError | TypeError):
+        return "it is of another kind than torch writes"
+    return str(error)
+
+
+def _corrupt(file: File, what: str) -> NoReturn:
+    raise CorruptCheckpoint(f"{file} is damaged: {what:.500}. Fetch or write it again.")
+
+
+def require_untransformed(place: Place, name: str, file: File) -> None:
+    """Refuse an item that went through a codec on its way to disk."""
+    if place.transforms:
+        raise RefusedCheckpoint(
+            f"{file} stores the tensor {name!r} through {', '.join(place.transforms)}, so its "
+            "bytes cannot be read in place. Load it with torch.distributed.checkpoint and save it "
+            "again without extensions."
+        )

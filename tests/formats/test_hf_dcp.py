@@ -1,0 +1,140 @@
+"""torch's distributed checkpoint for the hub: pieces of tensors in safetensors files."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
+
+from bioinit import formats
+from bioinit.errors import CorruptCheckpoint
+from bioinit.storage import Folder
+
+
+def write_tiny(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Written by torch's own writer, as one rank."""
+    writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(dict(state), storage_writer=writer, no_dist=True)
+
+
+def write_parts(folder: Path, parts: list[dict[str, tuple[tuple[int, ...], torch.Tensor]]]) -> None:
+    """One file per rank, as the same writer names and notes them."""
+    folder.mkdir(exist_ok=True)
+    for rank, part in enumerate(parts, 1):
+        noted = {name: {"saved_offsets": list(at)} for name, (at, _) in part.items()}
+        save_file(
+            {name: tensor.contiguous() for name, (_, tensor) in part.items()},
+            folder / f"shard-{rank:05}-model-00001-of-00001.safetensors",
+            metadata={"DCP_SHARDING_INFO": json.dumps(noted), "DCP_VERSION": "1.0", "format": "pt"},
+        )
+
+
+def opened(path: Path):
+    return formats.open_weights(Folder.at(path))
+
+
+def whole(contents, name: str) -> torch.Tensor:
+    stored = contents.tensors[name]
+    made = torch.empty(stored.shape, dtype=stored.dtype)
+    for file, offset, box in stored.pieces:
+        count = made.new_empty(box.sizes).numel()
+        if not count:
+            continue
+        data = contents.files[file].read(offset, count * stored.dtype.itemsize)
+        region = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
+        flat = torch.frombuffer(bytearray(data), dtype=stored.dtype)
+        made[region] = flat.view(box.sizes)
+    return made
+
+
+def test_pieces_of_one_tensor_in_several_files_are_merged(tmp_path):
+    x, y = torch.randn(7, 4), torch.arange(5)
+    write_parts(
+        tmp_path,
+        [
+            {"x": ((0, 0), x[:3]), "y": ((0,), y)},
+            {"x": ((3, 0), x[3:, :1])},
+            {"x": ((3, 1), x[3:, 1:])},
+        ],
+    )
+    name, contents = opened(tmp_path)
+    assert name == "hf_dcp"
+    assert torch.equal(whole(contents, "x"), x) and torch.equal(whole(contents, "y"), y)
+    assert len(contents.tensors["x"].pieces) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_cut_along_the_first_dim_is_put_together_again(seed, tmp_path):
+    chance = random.Random(seed)
+    x = torch.randn(chance.randrange(1, 20), chance.randrange(1, 5))
+    cuts = sorted(chance.randrange(len(x) + 1) for _ in range(chance.randrange(5)))
+    parts = zip([0, *cuts], [*cuts, len(x)], strict=True)
+    write_parts(tmp_path, [{"x": ((a, 0), x[a:b])} for a, b in parts])
+    assert torch.equal(whole(opened(tmp_path)[1], "x"), x)
+
+
+def test_the_merged_files_beside_the_parts_are_what_is_read(tmp_path):
+    x = torch.randn(4, 2)
+    write_parts(tmp_path / "sharded", [{"x": ((0, 0), x[:2])}, {"x": ((2, 0), x[2:])}])
+    alone = opened(tmp_path)
+    assert alone[0] == "hf_dcp" and torch.equal(whole(alone[1], "x"), x)
+    save_file({"x": x + 1}, tmp_path / "model-00001-of-00001.safetensors")
+    name, contents = opened(tmp_path)
+    assert name == "safetensors" and torch.equal(whole(contents, "x"), x + 1)
+    assert opened(tmp_path / "sharded")[0] == "hf_dcp"
+
+
+def test_torch_reads_the_same(tmp_path):
+    x = torch.randn(6, 3)
+    write_parts(tmp_path, [{"x": ((0, 0), x[:2])}, {"x": ((2, 0), x[2:])}])
+    state = {"x": torch.zeros(6, 3)}
+    reader = dcp.HuggingFaceStorageReader(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    assert torch.equal(whole(opened(tmp_path)[1], "x"), state["x"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([{"x": ((0,), torch.zeros(2))}, {"x": ((3,), torch.zeros(2))}], "no chunk holds 2 to 3"),
+        ([{"x": ((0,), torch.zeros(2))}, {"x": ((1,), torch.zeros(2))}], "overlap"),
+        ([{"x": ((1 << 62,), torch.zeros(2))}], "no chunk holds 0 to"),
+        ([{"x": ((0, 0), torch.zeros(2))}], "does not say where"),
+        ([{"x": ((-1,), torch.zeros(2))}], "does not say where"),
+        (
+            [{"x": ((0,), torch.zeros(2))}, {"x": ((2,), torch.zeros(2, dtype=torch.int8))}],
+            "torch.int8",
+        ),
+        ([{"x": ((0,), torch.zeros(2))}, {"x": ((2, 0), torch.zeros(2, 1))}], "Fetch or write"),
+    ],
+)
+def test_pieces_that_do_not_make_a_tensor_are_corrupt(parts, said, tmp_path):
+    write_parts(tmp_path, parts)
+    with pytest.raises(CorruptCheckpoint, match=said):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("note", ["[", "[]", '{"x": 3}', '{"x": {"saved_offsets": [true]}}', "{}"])
+def test_a_note_that_says_nothing_is_corrupt(note, tmp_path):
+    save_file(
+        {"x": torch.zeros(2)},
+        tmp_path / "shard-00001-model-00001-of-00001.safetensors",
+        metadata={"DCP_SHARDING_INFO": note},
+    )
+    with pytest.raises(CorruptCheckpoint, match="DCP_SHARDING_INFO"):
+        opened(tmp_path)
+
+
+def test_parts_of_two_checkpoints_are_not_mixed(tmp_path):
+    write_parts(tmp_path, [{"x": ((0,), torch.zeros(2))}])
+    save_file({"y": torch.zeros(1)}, tmp_path / "shard-00001-model-00001-of-00002.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="several checkpoints"):
+        opened(tmp_path)
