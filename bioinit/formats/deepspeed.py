@@ -80,8 +80,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         "layout": f"{len(ranks)} tensor-parallel files" if len(ranks) > 1 else "1 file",
         "state_dict": "module",
     }
-    if merger.kinds:
-        metadata["merged"] = dict(merger.kinds)
+    metadata |= merger.metadata
     iteration = found.get("iteration", found.get("global_steps"))
     if type(iteration) is int:
         metadata["iteration"] = iteration

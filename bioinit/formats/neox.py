@@ -64,8 +64,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         if count > 1
         else f"{len(layers)} layers, each in a file",
     }
-    if merger.kinds:
-        metadata["merged"] = dict(merger.kinds)
+    metadata |= merger.metadata
     if remark:
         metadata["doubt"] = remark
     if isinstance(engine.get("iteration"), int):

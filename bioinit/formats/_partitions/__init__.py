@@ -8,17 +8,21 @@ bytes made while reading where they hold copies or summands.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from bioinit.errors import AmbiguousFormat, CorruptCheckpoint
 from bioinit.formats._partitions.combine import Part, same, total
 from bioinit.formats._partitions.rules import SAME, Rule, Rules, style
 from bioinit.formats.protocol import Contents, Piece, StoredTensor
+from bioinit.keys import template
 from bioinit.layout import Box, Dims
 from bioinit.storage import File
 
 __all__ = ["SAME", "Merger", "Part", "Rule", "Rules", "settings", "style"]
+
+EXTRA_STATE = "_extra_state"
+_DEEPEST = 4
 
 
 class Merger:
@@ -29,17 +33,46 @@ class Merger:
         self.files: list[File] = []
         self.tensors: dict[str, StoredTensor] = {}
         self.kinds: Counter[str] = Counter()
+        self.byte_objects: Counter[str] = Counter()
+        self.deduced: dict[str, int] = {}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What there is to say of how it was put together."""
+        found: dict[str, Any] = {}
+        if self.kinds:
+            found["merged"] = dict(self.kinds)
+        if self.deduced:
+            found["divided_by_shape"] = dict(self.deduced)
+        if self.byte_objects:
+            count = sum(self.byte_objects.values())
+            found["byte_objects"] = {"count": count, "names": sorted(self.byte_objects)}
+        return found
 
     def take(self, contents: Contents) -> dict[str, StoredTensor]:
-        """The tensors of one file, counted among all files."""
+        """The tensors of one file, their pieces counted among all files."""
         first = len(self.files)
+        for name in _extra_states(contents.metadata.get("objects"), ""):
+            self.byte_objects[template(name)] += 1
         self.files.extend(contents.files)
         return {
             name: StoredTensor(
                 shape, dtype, tuple(Piece(first + file, at, box) for file, at, box in pieces), kind
             )
             for name, (shape, dtype, pieces, kind) in contents.tensors.items()
+            if not self._is_extra_state(name, kind)
         }
+
+    def _is_extra_state(self, name: str, kind: str) -> bool:
+        """Whether it is what a layer keeps beside its weights, pickled into a tensor; counted."""
+        found = kind == "weight" and name.rpartition(".")[2] == EXTRA_STATE
+        if found:
+            self.byte_objects[template(name)] += 1
+        return found
+
+    @staticmethod
+    def weights(tensors: Mapping[str, StoredTensor]) -> list[str]:
+        return [name for name, tensor in tensors.items() if tensor.kind == "weight"]
 
     def aside(self, label: str, tensors: Mapping[str, StoredTensor]) -> None:
         """List what is no weight under the name of its partition; it is not put together."""
@@ -69,11 +102,8 @@ class Merger:
             CorruptCheckpoint: the partitions contradict each other.
             AmbiguousFormat: nobody knows how a tensor was divided.
         """
-        first, tensors = partitions[0]
-        weights = [name for name, tensor in tensors.items() if tensor.kind == "weight"]
-        for file, others in partitions[1:]:
-            self._require_same_names(first, weights, file, others)
-        for name in weights:
+        self.require_same_names(partitions)
+        for name in self.weights(partitions[0][1]):
             parts = [Part(file, found[name]) for file, found in partitions]
             self.add(prefix + name, self.whole(prefix + name, parts, rules, name, remark))
 
@@ -88,6 +118,8 @@ class Merger:
             self._raise_unknown(name, parts, rules)
         self._require_alike(name, parts)
         self.kinds[rule.kind] += 1
+        if known_as in rules.deduced:
+            self.deduced[template(name)] = rule.dim
         if rule.kind in ("same", "sum"):
             return self.combined(name, parts, rule, remark)
         return self._placed(parts, rule)
@@ -123,20 +155,24 @@ class Merger:
                 pieces += _cut(part.tensor.pieces, rule.dim, low, low + length, to)
         return StoredTensor(_with(shape, rule.dim, size * count), dtype, tuple(pieces), kind)
 
-    def _require_same_names(
-        self, first: str, weights: Sequence[str], file: str, others: Mapping[str, StoredTensor]
+    def require_same_names(
+        self, partitions: Sequence[tuple[str, Mapping[str, StoredTensor]]]
     ) -> None:
-        found = {name for name, tensor in others.items() if tensor.kind == "weight"}
-        odd = [name for name in weights if name not in found]
-        holds, lacks = first, file
-        if not odd:
-            odd = sorted(found - set(weights))
-            holds, lacks = file, first
-        if odd:
-            raise CorruptCheckpoint(
-                f"{holds} in {self.where} holds the tensor {odd[0]!r}, which {lacks}, another "
-                "partition of the same, lacks. Fetch or write both again."
-            )
+        """Raise CorruptCheckpoint if a weight is in one of ``partitions`` and not in another."""
+        first, tensors = partitions[0]
+        wanted = dict.fromkeys(self.weights(tensors))
+        for file, others in partitions[1:]:
+            found = dict.fromkeys(self.weights(others))
+            odd = next((name for name in wanted if name not in found), None)
+            holds, lacks = first, file
+            if odd is None:
+                odd = next((name for name in found if name not in wanted), None)
+                holds, lacks = file, first
+            if odd is not None:
+                raise CorruptCheckpoint(
+                    f"{holds} in {self.where} holds the tensor {odd!r}, which {lacks}, another "
+                    "partition of the same, lacks. Fetch or write both again."
+                )
 
     def _require_alike(self, name: str, parts: Sequence[Part]) -> None:
         one = parts[0]
@@ -194,3 +230,13 @@ def settings(objects: Any, names: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, Mapping) and isinstance(value.get("state"), Mapping):
             found[name] = value["state"]
     return found
+
+
+def _extra_states(objects: Any, name: str, depth: int = 0) -> Iterator[str]:
+    """Names of what layers keep beside their weights, in the plain data of a pickle."""
+    if isinstance(objects, Mapping) and depth < _DEEPEST:
+        for key, value in objects.items():
+            if str(key).rpartition(".")[2] == EXTRA_STATE:
+                yield f"{name}{key}"
+            else:
+                yield from _extra_states(value, f"{name}{key}.", depth + 1)

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from bioinit.formats.protocol import StoredTensor
+from bioinit.keys import template
 from bioinit.layout import Dims
 
 
@@ -32,7 +33,11 @@ ROWS, COLUMNS = Rule("split", 0), Rule("split", 1)
 GATED = Rule("gated", 0)
 """Rows, in halves if the layer behind is half as wide; see :meth:`Rules.find`."""
 SAME, SUM = Rule("same"), Rule("sum")
+UNKNOWN = Rule("unknown")
+"""Known to be divided in a way that shapes would mislead about."""
 
+# Low-rank matrices beside a layer are divided or copied as their library pleases.
+_NEVER = ((r".*(adapter|lora).*", UNKNOWN),)
 _EVERYWHERE = (
     # Buffers that are worked out, not learned, and masks.
     (r"(.*\.)?(inv_freq|rotary_emb.*|rotary_pos_emb.*|masked_bias)", SAME),
@@ -75,6 +80,8 @@ _SAVANNA = (
     (r"(.*\.)?(final_linear|lm_head)\.(weight|bias)", ROWS),
 )
 _MEGATRON = (
+    # Mamba's mixer: several matrices in one, each divided by itself.
+    (r"(.*\.)?mixer\.(in_proj|conv1d|norm)\..*", UNKNOWN),
     (r"(.*\.)?\w*attention\.dense\.weight", COLUMNS),
     (r"(.*\.)?\w*attention\.dense\.bias", SAME),
     (r"(.*\.)?mlp\.dense_4h_to_h\.bias", SAME),
@@ -133,9 +140,12 @@ class Rules:
         self.gated = gated
         self._hidden = hidden
         self._patterns = [
-            (re.compile(pattern), rule) for pattern, rule in (*_TABLES[table], *_EVERYWHERE)
+            (re.compile(pattern), rule)
+            for pattern, rule in (*_NEVER, *_TABLES[table], *_EVERYWHERE)
         ]
         self._known: dict[str, Rule | None] = {}
+        self.deduced: set[str] = set()
+        """Names for which shapes had to tell."""
 
     def find(self, name: str) -> Rule | None:
         """The rule for the tensor called ``name``; None if nobody knows it."""
@@ -145,8 +155,11 @@ class Rules:
             return SAME
         if rule is GATED:
             return self._first_layer(name)
-        if rule is None or len(tensor.shape) <= rule.dim:
-            return self._by_shape(tensor.shape)
+        if rule is UNKNOWN:
+            return None
+        if rule is None or (len(tensor.shape) <= rule.dim and rule.kind == "split"):
+            rule = self._by_shape(tensor.shape)
+            self.deduced.add(name)
         return rule
 
     @cached_property
@@ -165,7 +178,7 @@ class Rules:
         return None
 
     def _table(self, name: str) -> Rule | None:
-        folded = re.sub(r"\d+", "0", name)  # layers are alike
+        folded = template(name)  # layers are alike
         if folded not in self._known:
             fitting = (rule for pattern, rule in self._patterns if pattern.fullmatch(name))
             self._known[folded] = next(fitting, None)
