@@ -25,6 +25,7 @@ LONGEST_EXTENSION = 1 << 20
 _ZEROS = bytes(BLOCK)
 _CHECKSUM_AT = slice(148, 156)
 _CHECKSUM_OF_SPACES = 8 * ord(" ")
+_LINKS = (b"1", b"2")
 _FILES, _FOLDER = (b"0", b"\0", b"7"), b"5"
 _EXTENDED, _FOR_ALL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
 _REFUSED = {
@@ -37,6 +38,7 @@ _REFUSED = {
     b"M": "a part of a file that another archive begins",
 }
 _CURE = "Get the checkpoint from a source you trust."
+_DEREFERENCE = "If you trust its source, pack it again with tar --dereference --hard-dereference."
 
 Span = tuple[int, int]
 """First byte and number of bytes of a member's data."""
@@ -170,9 +172,9 @@ def _require_plain(where: str, kind: bytes, raw: bytes) -> None:
         return
     name = _shown(raw.decode("utf-8", "backslashreplace"))
     what = _REFUSED.get(kind, f"a kind of member that nobody knows ({kind!r})")
+    cure = _DEREFERENCE if kind in _LINKS else _CURE
     raise RefusedCheckpoint(
-        f"{where} holds {what}, {name}, and only files and folders are read from an archive. "
-        + _CURE
+        f"{where} holds {what}, {name}, and only files and folders are read from an archive. {cure}"
     )
 
 
