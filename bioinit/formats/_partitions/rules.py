@@ -117,7 +117,7 @@ def style(names: list[str]) -> str:
     """Whose layers these are, by how they are called."""
     if any(".mixer." in name or name.startswith("mixer.") for name in names):
         return "savanna"
-    megatron = ("self_attention.", "language_model.", "decoder.", "encoder.")
+    megatron = ("self_attention.", "language_model.")
     return "megatron" if any(part in name for name in names for part in megatron) else "neox"
 
 
