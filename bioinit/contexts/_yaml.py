@@ -18,12 +18,12 @@ from bioinit.storage import Folder
 
 LARGEST = 1 << 20
 DEEPEST = 64
-MOST_VALUES = 500_000
+MOST_VALUES = 200_000
 LONGEST_NUMBER = 4000
 _LONGEST_SHOWN = 80
 _STANDARD = "tag:yaml.org,2002:"
 _CONTAINERS = {f"{_STANDARD}map", f"{_STANDARD}seq", f"{_STANDARD}python/tuple"}
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
+_EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NO_CALL = "dataclasses._HAS_DEFAULT_FACTORY_CLASS"
 _CALL, _TARGET, _ARGS, _NAME = "_call_", "_target_", "_args_", "_name_"

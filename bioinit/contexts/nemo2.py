@@ -105,7 +105,7 @@ def _place(folder: Folder) -> Folder | None:
         inner = folder.folder(_CONTEXT)
         if _is_context(inner, _YAMLS):
             return inner
-    names = _YAMLS[:1] if folder.path.name == _CONTEXT else ()
+    names = _YAMLS if folder.path.name == _CONTEXT else ()
     return folder if _is_context(folder, names) else None
 
 
