@@ -15,11 +15,21 @@ from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.formats._tiling import Span
 from bioinit.layout import Dims, numel
 from bioinit.storage import File
-from bioinit.unpickle import Opaque, load
+from bioinit.unpickle import SYMBOLS, Opaque, Symbol, load
 
 MOST_DIMS = 64
 MOST = 1 << 63
 CLASS_WORDS = (b"torch.distributed.checkpoint", b"torch.distributed._shard.checkpoint")
+
+
+def _as_it_is(items: Any) -> Any:
+    """A shape is the tuple it was made from: nothing is copied, so nothing has to be counted."""
+    if type(items) is not tuple:
+        raise TypeError(f"a shape of a {type(items).__name__}")
+    return items
+
+
+_TABLE = {**SYMBOLS, ("torch", "Size"): Symbol("torch", "Size", _as_it_is)}
 
 
 class Place(NamedTuple):
@@ -72,7 +82,7 @@ def read_index(file: File, into: Index) -> None:
         CorruptCheckpoint: it contradicts itself, or is no index.
     """
     data = file.read(0, file.size)
-    value = load(data, where=str(file))
+    value = load(data, where=str(file), symbols=_TABLE)
     state = _state(file, value, "Metadata", "the index")
     version = state.get("version")
     into.version = version if type(version) is str else into.version
