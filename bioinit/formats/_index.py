@@ -83,7 +83,7 @@ def read_index(file: File, into: Index) -> None:
     """
     data = file.read(0, file.size)
     value = load(data, where=str(file), symbols=_TABLE)
-    state = _state(file, value, "Metadata", "the index")
+    state = _state(file, value)
     version = state.get("version")
     into.version = version if type(version) is str else into.version
     plans = state.get("all_local_plans")
@@ -192,10 +192,11 @@ def _note_reshaped(noted: Any, into: Index) -> None:
             into.reshaped[name] = shape
 
 
-def _state(file: File, value: Any, name: str, what: str) -> dict[str, Any]:
-    if type(value) is not Opaque or value.name != name or type(value.state) is not dict:
+def _state(file: File, value: Any) -> dict[str, Any]:
+    """The fields of torch's ``Metadata``, or of what a writer derived from it."""
+    if type(value) is not Opaque or type(value.state) is not dict:
         found = value.name if isinstance(value, Opaque) else type(value).__name__
-        _corrupt(file, f"{what} is a {found:.100}, not torch's {name}")
+        _corrupt(file, f"the index is a {found:.100}, not torch's Metadata")
     return value.state
 
 
