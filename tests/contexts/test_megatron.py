@@ -64,7 +64,10 @@ def test_the_arguments_are_plain_data(
     assert context.dialect == "megatron" and context.model is None
     assert context.where == f"{tmp_path / place} (args)"
     data = dict(context.data)
-    assert data.pop("kind") == {"_target_": f"{PLANNER}.WriteItemType", "_args_": [2]}
+    assert data.pop("kind") == {
+        "_target_": f"{PLANNER}.WriteItemType",
+        "_args_": [WriteItemType.TENSOR.value],
+    }
     assert data.pop("unlisted") == {"refused": f"{__name__}.Unlisted"}
     assert data == {
         "num_layers": 2, "hidden_size": 8, "swiglu": True, "lr": None,
