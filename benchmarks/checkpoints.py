@@ -1,9 +1,9 @@
 """The checkpoints that the benchmark reads: built once in a work folder, then used again.
 
 ``decoder``: a Llama of about 1.5 billion bfloat16 parameters (3.0 GB, 147 tensors) in four
-containers. ``cells``: 50 000 tensors of 4 KB. ``dense_headers`` and ``moe_headers``: real
-safetensors headers over sparse files, for planning only. ``--quick`` shrinks each to a few hundred
-kilobytes; the shapes of the trees stay.
+containers, and ``torch_dist``, which shares its bytes with one of them. ``cells``: 50 000 tensors
+of 4 KB. ``dense_headers`` and ``moe_headers``: real safetensors headers over sparse files, for
+planning only. ``--quick`` shrinks each to a few hundred kilobytes; the shapes of the trees stay.
 """
 
 from __future__ import annotations
@@ -125,8 +125,13 @@ def ensure(folder: Path, build: Callable[[Path], None], wanted: object) -> Path:
 
 
 def decoder(work: Path, size: Size) -> Path:
-    """The decoder as ``single``, ``shards``, ``bin`` and ``dcp``; ``expected.json`` beside."""
-    return ensure(work / "decoder", lambda folder: _build_decoder(folder, size), size.decoder)
+    """The decoder as ``single``, ``shards``, ``bin``, ``dcp`` and ``torch_dist``.
+
+    ``expected.json`` is beside them.
+    """
+    made = ensure(work / "decoder", lambda folder: _build_decoder(folder, size), size.decoder)
+    _add_torch_dist(made)
+    return made
 
 
 def cells(work: Path, size: Size) -> Path:
@@ -212,6 +217,19 @@ def _write_containers(folder: Path, state: dict[str, Tensor], shards: int | None
         _write_index(folder / "shards", index, total)
     digests = {name: digest(tensor) for name, tensor in state.items()}
     (folder / "expected.json").write_text(json.dumps(digests))
+
+
+def _add_torch_dist(folder: Path) -> None:
+    """The files of ``dcp`` once more, with the two that Megatron-Core adds."""
+    made = folder / "torch_dist"
+    if made.exists():
+        return
+    made.mkdir()
+    for file in (folder / "dcp").iterdir():
+        os.link(file, made / file.name)
+    torch.save({}, made / "common.pt")
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (made / "metadata.json").write_text(json.dumps(config))
 
 
 def _portions(state: dict[str, Tensor], shards: int) -> Iterator[list[str]]:

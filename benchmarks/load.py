@@ -32,7 +32,7 @@ from peers import PEERS, Way
 from rounds import Pool, Run, alternate, check, start
 
 HUGE_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
-ALL = tuple(PEERS)
+ALL = tuple(key for key in PEERS if key != "megatron")  # it has a table of its own
 FROM_SAFETENSORS = tuple(key for key, way in PEERS.items() if way.container == "single")
 FAST = ("safetensors_copy", "safetensors_assign", "safetensors_pread", "from_pretrained")
 MINE = tuple(OURS)
@@ -70,7 +70,15 @@ SCENARIOS = {
         ways=(*MINE, "torch_copy", "torch_assign", "from_pretrained", "accelerate"),
         container="bin",
     ),
-    "dcp": Scenario(title="Whole decoder from DCP", ways=("load_weights", "dcp"), container="dcp"),
+    "dcp": Scenario(
+        title="Whole decoder from DCP", ways=("load_weights", "dcp"), container="dcp", goal=0.2
+    ),
+    "torch_dist": Scenario(
+        title="Whole decoder from DCP with Megatron-Core's files",
+        ways=("load_weights", "dcp", "megatron"),
+        container="torch_dist",
+        devices=("cpu",),
+    ),
     "huge": Scenario(
         title="Whole decoder, huge pages for torch's allocator too (THP_MEM_ALLOC_ENABLE=1)",
         ways=(*MINE, *FAST, "torch_copy", "runai", "fastsafetensors"),

@@ -186,6 +186,28 @@ def dcp_load(job: Job) -> nn.Module:
     return model
 
 
+def megatron_load(job: Job) -> nn.Module:
+    """``megatron.core.dist_checkpointing.load`` into the module's own state dict, as one rank."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    model = empty_model(job)
+    torch.cuda.synchronize = lambda *args: None
+    torch.cuda.current_device = lambda: "cpu"
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    wanted = {
+        name: dist_checkpointing.ShardedTensor.from_rank_offsets(name, tensor)
+        for name, tensor in model.state_dict().items()
+    }
+    try:
+        loaded = dist_checkpointing.load(wanted, str(job.path), validate_access_integrity=False)
+    finally:
+        dist.destroy_process_group()
+    model.load_state_dict(loaded, assign=True)
+    return model
+
+
 def fastsafetensors_load(job: Job) -> nn.Module:
     """``fastsafe_open`` over all files; its tensors own their buffer, so they are assigned."""
     from fastsafetensors import fastsafe_open
@@ -259,6 +281,13 @@ PEERS = {
         run=dcp_load,
         imports=("transformers", "torch.distributed.checkpoint"),
         container="dcp",
+    ),
+    "megatron": Way(
+        label="megatron-core dist_checkpointing.load",
+        run=megatron_load,
+        imports=("transformers", "megatron.core.dist_checkpointing"),
+        container="torch_dist",
+        can=frozenset(),
     ),
     "fastsafetensors": Way(
         label="fastsafetensors fastsafe_open + assign",
