@@ -5,6 +5,9 @@
 counts its layers from 0, and so does each expert rank its experts: here they get the numbers that
 they have in the whole model. With a virtual pipeline a stage holds several chunks, ``model0``,
 ``model1``, ...: chunk ``c`` of stage ``s`` of ``p`` comes at place ``c * p + s``.
+
+How queries, keys and values lie in one matrix depends on ``checkpoint_version``, which is listed
+among the objects; it is put together as it was and not brought to another order.
 """
 
 from __future__ import annotations
@@ -67,12 +70,18 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     _require_known_experts(folder, said, placed)
     for name, rank in zip(names, ranks, strict=True):
         merger.aside(name, rank.tensors)
-    chunks = put_together(merger, placed, gated=_gated(said), hidden=_hidden(said))
+    chunks = put_together(
+        merger,
+        placed,
+        gated=_gated(said),
+        hidden=_hidden(said),
+        # Version 1.0 and later keep a head's queries, keys and values together.
+        is_slabbed=said.get("checkpoint_version") == 0,
+    )
     return Contents(
         tuple(merger.files),
         merger.tensors,
         _metadata(folder, names, file, merger, placed, said, chunks),
-        homes=(folder.folder(names[0]),),
     )
 
 

@@ -1,8 +1,9 @@
 """Which tensors of an unpickled object are the weights, under which names, and what else is there.
 
 Weights are the object itself if it is a state dict, or what it keeps under ``state_dict``,
-``model_state_dict``, ``model`` or ``module``. Tensors anywhere else are state of the optimizer and
-the like, named by the dotted way to them. Everything that is no tensor becomes plain metadata.
+``model_state_dict``, ``model`` or ``module``; or, in Megatron's virtual pipelines, under
+``model0``, ``model1`` and so on. Tensors anywhere else are state of the optimizer and the like,
+named by the dotted way to them. Everything that is no tensor becomes plain metadata.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _NOT_WEIGHTS = re.compile(
     r"(.*_)?optim(izer)?s?(_.*)?|(lr_|opt_param_)?schedulers?|.*rng_states?|scaler|callbacks|loops|amp"
 )
+_CHUNK = re.compile(r"model\d{1,6}")
+_MEGATRON = frozenset(("args", "checkpoint_version", "iteration"))
 DEEPEST = 64
 MOST = 1 << 63
 MOST_DIMS = 64
@@ -147,9 +150,13 @@ class _Search:
         path, chosen = self._state_dict(root)
         weights: dict[str, TensorRef] = {}
         others: dict[str, TensorRef] = {}
+        is_virtual = not path and "model0" in root and not _MEGATRON.isdisjoint(root)
         for key, entry in chosen.items():
             name = str(key)
-            aside = not path and _NOT_WEIGHTS.fullmatch(name) is not None
+            aside = not path and (
+                _NOT_WEIGHTS.fullmatch(name) is not None
+                or (is_virtual and _CHUNK.fullmatch(name) is None)
+            )
             into = others if aside else weights
             if type(entry) is TensorRef:
                 _add(into, name, entry, self.where)

@@ -216,6 +216,7 @@ def test_chunks_of_a_virtual_pipeline_take_turns(stages, chunks, tmp_path):
             )
             value[f"model{chunk}"] = part_of(whole, cuts, stem, 0, 1)
         value["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}}
+        value["whatever"] = {"is": torch.ones(3)}
         save(tmp_path / f"mp_rank_00_{stage:03d}" / FILE, value)
     found = opened(tmp_path)
     assert_whole(found, state)
@@ -385,3 +386,20 @@ def test_query_groups_that_ranks_share_are_refused(tmp_path):
         save(tmp_path / f"mp_rank_{rank:02d}" / FILE, held)
     with pytest.raises(RefusedCheckpoint, match="query groups"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 1.0, 3.0, None])
+def test_the_first_version_keeps_queries_keys_and_values_of_a_rank_apart(version, tmp_path):
+    name = "language_model.transformer.layers.0.attention.query_key_value.weight"
+    whole = torch.randn(3, 4, 2, HIDDEN)  # queries, keys and values; heads; their width
+    if version != 0:
+        whole = whole.transpose(0, 1)
+    parts = whole.chunk(2, dim=1 if version == 0 else 0)
+    for rank, part in enumerate(parts):
+        held: dict[str, object] = {"model": {name: part.reshape(-1, HIDDEN).clone()}}
+        if version is not None:
+            held["checkpoint_version"] = version
+        save(tmp_path / f"mp_rank_{rank:02d}" / FILE, held)
+    found = opened(tmp_path)
+    assert torch.equal(found.read(name), whole.reshape(-1, HIDDEN))
+    assert (found.metadata.get("objects") or {}).get("checkpoint_version") == version

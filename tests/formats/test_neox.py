@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,52 @@ def test_extra_states_are_counted_and_not_read(tmp_path):
     found = opened(write_layers(tmp_path / "it", {2: [state, state]}))
     assert set(found.tensors) == {"2.norm.weight"}
     assert found.metadata["byte_objects"] == {"count": 2, "names": ["mlp._extra_state"]}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_region_is_that_region_of_the_merged_whole(seed, tmp_path):
+    chance = random.Random(seed)
+    count = chance.choice([2, 3, 5])
+    dtype = chance.choice([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    torch.manual_seed(seed)
+    parts, whole = divided(a_layer(count * chance.randint(1, 9), dtype), count)
+    found = opened(write_layers(tmp_path / "it", {2: parts}))
+    for name, tensor in whole.items():
+        for _ in range(8):
+            offsets = tuple(chance.randint(0, size) for size in tensor.shape)
+            rest = [size - low for size, low in zip(tensor.shape, offsets, strict=True)]
+            sizes = tuple(chance.randint(0, size) for size in rest)
+            expected = tensor
+            for dim, (low, size) in enumerate(zip(offsets, sizes, strict=True)):
+                expected = expected.narrow(dim, low, size)
+            assert same_bits(found.read(f"2.{name}", (offsets, sizes)), expected), (name, offsets)
+
+
+def test_a_region_of_a_divided_tensor_costs_its_own_bytes(tmp_path):
+    state = {"word_embeddings.weight": torch.randn(1024, 256)}
+    folder = write_layers(tmp_path / "it", {0: divided(state, 2)[0]})
+    found = opened(folder)
+    before = sum(file.bytes_read for file in found.files)
+    found.read("0.word_embeddings.weight", ((500, 0), (24, 256)))
+    assert sum(file.bytes_read for file in found.files) - before == 24 * 256 * 4
+
+
+def test_a_flipped_bit_is_an_error_of_ours_or_harmless_also_when_read(tmp_path):
+    parts = divided(a_layer(4), 2)[0]
+    folder = write_layers(tmp_path / "it", {2: parts})
+    file = folder / file_name(2, 1)
+    whole, chance, caught = file.read_bytes(), random.Random(5), 0
+    for _ in range(150):
+        at = chance.randrange(len(whole))
+        flipped = bytes([whole[at] ^ (1 << chance.randrange(8))])
+        file.write_bytes(whole[:at] + flipped + whole[at + 1 :])
+        try:
+            found = opened(folder)
+            for name in found.tensors:
+                found.read(name)
+        except CheckpointError:
+            caught += 1
+    assert caught > 0
 
 
 def to_hf(name: str) -> str:

@@ -122,7 +122,7 @@ class Merger:
             self.deduced[template(name)] = rule.dim
         if rule.kind in ("same", "sum"):
             return self.combined(name, parts, rule, remark)
-        return self._placed(parts, rule)
+        return self._placed(name, parts, rule)
 
     def combined(
         self, name: str, parts: Sequence[Part], rule: Rule, remark: str = ""
@@ -141,11 +141,15 @@ class Merger:
         piece = Piece(len(self.files) - 1, 0, Box.contiguous(shape))
         return StoredTensor(shape, dtype, (piece,), kind)
 
-    def _placed(self, parts: Sequence[Part], rule: Rule) -> StoredTensor:
-        """A tensor that every part holds a box of, or two: its gate and its other half."""
+    def _placed(self, name: str, parts: Sequence[Part], rule: Rule) -> StoredTensor:
+        """A tensor that every part holds a box of, or one of each of its slabs."""
         shape, dtype, _, kind = parts[0].tensor
-        size, count = shape[rule.dim], len(parts)
-        slabs = 2 if rule.kind == "gated" else 1
+        size, count, slabs = shape[rule.dim], len(parts), rule.slabs
+        if size % slabs:
+            raise CorruptCheckpoint(
+                f"{name!r} in {self.where} should be {slabs} equal parts along dim {rule.dim}, but "
+                f"{parts[0].file} has {_words(parts[0].tensor)}. Fetch or write it again."
+            )
         length = size // slabs
         pieces = []
         for slab in range(slabs):
@@ -185,14 +189,14 @@ class Merger:
                 )
 
     def _raise_unknown(self, name: str, parts: Sequence[Part], rules: Rules) -> NoReturn:
-        hidden = "no norm says how wide the model is" if rules.hidden is None else (
-            f"shapes do not tell, in a model {rules.hidden} wide"
-        )  # fmt: skip
+        width = "nor does a norm say how wide the model is"
+        if rules.hidden is not None:
+            width = f"nor does its shape tell, in a model {rules.hidden} wide"
         raise AmbiguousFormat(
             f"nobody knows how the tensor {name!r} in {self.where} was divided: each of its "
-            f"{len(parts)} partitions has {_words(parts[0].tensor)}; its name is in no table, and "
-            f"{hidden}. Merge the partitions into one with the program that wrote them, or add the "
-            "name to bioinit/formats/_partitions/rules.py."
+            f"{len(parts)} partitions has {_words(parts[0].tensor)}; no rule fits its name, {width}."
+            " Merge the partitions into one with the program that wrote them, or add a rule to "
+            "bioinit/formats/_partitions/rules.py."
         )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.formats._partitions import Merger, Part
@@ -95,8 +95,10 @@ def layout(where: Path, ranks: Sequence[Rank], said: Mapping[str, int]) -> Layou
     return Layout(found[0], found[1], found[2], placed)
 
 
-def put_together(merger: Merger, placed: Layout, *, gated: bool | None, hidden: int | None) -> int:
+def put_together(merger: Merger, placed: Layout, **known: Any) -> int:
     """Add the weights of all ranks to ``merger``; returns how many chunks a stage has.
+
+    ``known`` is what :class:`Rules` is told beside names and shapes.
 
     Raises:
         CorruptCheckpoint: ranks contradict each other.
@@ -121,7 +123,7 @@ def put_together(merger: Merger, placed: Layout, *, gated: bool | None, hidden: 
                 "the same stage lacks. Fetch or write both again."
             )
         offsets = _offsets(merger.where, stage_of[0, 0], first_layer)
-        for name, part in _stage(merger, placed, stage_of, gated=gated, hidden=hidden):
+        for name, part in _stage(merger, placed, stage_of, known):
             found.setdefault(_renumbered(name, offsets), []).append(part)
     for name, parts in found.items():  # what several stages hold is tied
         whole = parts[0].tensor if len(parts) == 1 else merger.combined(name, parts, SAME)
@@ -130,11 +132,13 @@ def put_together(merger: Merger, placed: Layout, *, gated: bool | None, hidden: 
 
 
 def _stage(
-    merger: Merger, placed: Layout, held: Mapping[tuple[int, int], tuple[str, Tensors]], *,
-    gated: bool | None, hidden: int | None,
-) -> Iterator[tuple[str, Part]]:  # fmt: skip
+    merger: Merger,
+    placed: Layout,
+    held: Mapping[tuple[int, int], tuple[str, Tensors]],
+    known: Mapping[str, Any],
+) -> Iterator[tuple[str, Part]]:
     """The weights of one chunk of one stage, whole, under the names in its files."""
-    rules = Rules("megatron", held[0, 0][1], gated=gated, hidden=hidden)
+    rules = Rules("megatron", held[0, 0][1], **known)
     first_expert: dict[str, int] = {}
     for expert in range(placed.expert):
         ranks = [held[tensor, expert] for tensor in range(placed.tensor)]

@@ -23,14 +23,18 @@ from bioinit.layout import Dims
 
 
 class Rule(NamedTuple):
-    """``kind`` is ``split`` along ``dim``, ``gated`` along it, ``same`` or ``sum``."""
+    """``kind`` is ``split`` along ``dim``, ``same`` or ``sum``.
+
+    A partition's share of ``slabs`` equal parts of the dim lies one behind the other in it.
+    """
 
     kind: str
     dim: int = 0
+    slabs: int = 1
 
 
 ROWS, COLUMNS = Rule("split", 0), Rule("split", 1)
-GATED = Rule("gated", 0)
+GATED = Rule("split", 0, 2)
 """Rows, in halves if the layer behind is half as wide; see :meth:`Rules.find`."""
 SAME, SUM = Rule("same"), Rule("sum")
 UNKNOWN = Rule("unknown")
@@ -109,6 +113,8 @@ _PARTNERS = (
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("linear1", "linear2"),
 )
+_FUSED = re.compile(r"(.*\.)?(query_key_value|key_value)\.(weight|bias)")
+_BARE = ("weight", "bias", "scale")
 _SIZES_A_MODEL = re.compile(r"(.*\.)?(input|post|pre|final|attn|mlp)\w*norm\w*\.(weight|scale)")
 _ANY_NORM = re.compile(r"(.*\.)?\w*norm\w*\.(weight|scale)|(.*\.)?layer_norm_weight")
 
@@ -125,7 +131,8 @@ class Rules:
     """What is known about one partition's tensors, and so about how all of them are divided.
 
     ``tensors`` are those of the first partition. ``gated`` says whether MLPs are, where their own
-    shapes do not; ``hidden`` is the width of the model, if something says it.
+    shapes do not; ``hidden`` is the width of the model, if something says it. ``is_slabbed``: a
+    partition holds its heads' queries, then their keys, then their values, as Megatron had it once.
     """
 
     def __init__(
@@ -135,8 +142,10 @@ class Rules:
         *,
         gated: bool | None = None,
         hidden: int | None = None,
+        is_slabbed: bool = False,
     ) -> None:
         self.tensors = tensors
+        self.is_slabbed = is_slabbed
         self.gated = gated
         self._hidden = hidden
         self._patterns = [
@@ -155,6 +164,10 @@ class Rules:
             return SAME
         if rule is GATED:
             return self._first_layer(name)
+        if self.is_slabbed and (found := _FUSED.fullmatch(name)):
+            return Rule("split", 0, 3 if found[2] == "query_key_value" else 2)
+        if name in _BARE and len(tensor.shape) > 1:  # a norm's names, but not a norm
+            rule = None
         if rule is UNKNOWN:
             return None
         if rule is None or (len(tensor.shape) <= rule.dim and rule.kind == "split"):
