@@ -151,9 +151,7 @@ class Checkpoint:
         itemsize = result.dtype.itemsize
         for part, span in blocks(overlap, READ_BYTES // itemsize):
             buffer = bytearray(span * itemsize)
-            self.files[piece.file].read_into(
-                piece.offset + part.source_start * itemsize, (buffer,)
-            )
+            self.files[piece.file].read_into(piece.offset + part.source_start * itemsize, (buffer,))
             stored = torch.frombuffer(buffer, dtype=result.dtype)
             place = result.as_strided(part.sizes, part.target_strides, part.target_start)
             place[...] = stored.as_strided(part.sizes, part.source_strides)
