@@ -65,27 +65,30 @@ def _archives(folder: Folder) -> list[str]:
 
 
 def _unpack(folder: Folder) -> Folder:
-    """The members of the archive as a folder.
+    """The members of the archive as a folder; a tree that is unpacked already is one.
 
     Raises:
+        AmbiguousFormat: there are several archives.
         CheckpointError: it is damaged, or a member of it is no plain file.
     """
+    if not folder.is_file:
+        archives = _archives(folder)
+        if not archives:
+            return folder
+        if len(archives) > 1 or folder.has(WEIGHTS):
+            others = [WEIGHTS] if folder.has(WEIGHTS) else []
+            raise AmbiguousFormat(
+                f"{folder.path} holds several sets of weights: {', '.join([*archives, *others])}. "
+                "Point at the file that is meant."
+            )
+        folder = folder.lone(archives[0])
     return Folder.over(folder.path, members(folder.file(folder.names()[0])))
 
 
 def _open(folder: Folder, open_inner: Open) -> Contents:
-    if folder.is_file:
-        return _open_root(_unpack(folder), open_inner, f"{SUFFIX} archive")
-    archives = _archives(folder)
-    if not archives:
-        return _open_root(folder, open_inner, f"unpacked {SUFFIX} archive")
-    if len(archives) > 1 or folder.has(WEIGHTS):
-        raise AmbiguousFormat(
-            f"{folder.path} holds several sets of weights: "
-            f"{', '.join([*archives, *filter(folder.has, [WEIGHTS])])}. Point at the file that is "
-            "meant."
-        )
-    return _open_root(_unpack(folder.lone(archives[0])), open_inner, f"{SUFFIX} archive")
+    root = _unpack(folder)
+    kind = f"unpacked {SUFFIX} archive" if root is folder else f"{SUFFIX} archive"
+    return _open_root(root, open_inner, kind)
 
 
 def _open_root(root: Folder, open_inner: Open, kind: str) -> Contents:

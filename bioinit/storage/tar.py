@@ -129,6 +129,8 @@ def _walk(where: str) -> Walk:
         if len(header) < BLOCK:
             _corrupt(where, f"it ends inside the header at byte {position}: it is truncated")
         if not _is_header(header):
+            if not position:
+                _corrupt(where, "it does not begin like a tar archive")
             _corrupt(where, f"the checksum of the header at byte {position} is wrong")
         kind, start = header[156:157], position + BLOCK
         if kind in (_EXTENDED, _FOR_ALL, _GNU_NAME, _GNU_LINK):

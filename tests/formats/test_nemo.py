@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bioinit import contexts, formats
+from bioinit import contexts, formats, load_weights
 from bioinit.errors import AmbiguousFormat, CorruptCheckpoint, RefusedCheckpoint, UnknownFormat
 from bioinit.storage import Folder
 
@@ -269,6 +269,35 @@ def test_a_packed_archive_of_another_name_is_known_by_its_suffix(tmp_path, name)
         assert checkpoint.format == "nemo"
 
 
+def test_a_directory_with_one_archive_unpacks_like_the_archive(tmp_path):
+    write_tiny(tmp_path, STATE)
+    alone = formats.load("nemo").unpack(Folder.at(tmp_path / "tiny.nemo"))
+    around = formats.load("nemo").unpack(Folder.at(tmp_path))
+    assert alone.names() == around.names() == ("model_config.yaml", "model_weights.ckpt")
+
+
+def test_an_archive_beside_its_own_weights_is_ambiguous(tmp_path):
+    unpack(tmp_path, tree(STATE))
+    write_tiny(tmp_path, STATE)
+    with pytest.raises(AmbiguousFormat, match=r"tiny\.nemo, model_weights\.ckpt"):
+        contexts.open_checkpoint(tmp_path)
+
+
+def test_what_is_packed_with_gzip_and_is_no_archive_is_corrupt(tmp_path):
+    (tmp_path / "x.nemo").write_bytes(gzip.compress(saved(STATE)))
+    with pytest.raises(CorruptCheckpoint, match=r"x\.nemo.*does not begin like a tar archive"):
+        contexts.open_checkpoint(tmp_path / "x.nemo")
+
+
+def test_loading_from_a_packed_archive_gives_the_same_model(tmp_path):
+    state = {"up.weight": torch.randn(64, 300), "up.bias": torch.randn(64)}
+    module = torch.nn.Module()
+    module.up = torch.nn.Linear(300, 64)
+    path = pack(tmp_path / "x.nemo", tree(state), "w:gz")
+    load_weights(module, path)
+    assert all(module.state_dict()[name].equal(tensor) for name, tensor in state.items())
+
+
 def test_the_saved_config_is_looked_for_in_the_archive(tmp_path):
     path = pack(tmp_path / "x.nemo", tree(STATE))
     for homes in (formats.open_weights(Folder.at(path))[1].homes, formats.homes(Folder.at(path))):
@@ -327,7 +356,7 @@ def test_a_packed_archive_cut_anywhere_is_corrupt(tmp_path):
             contexts.open_checkpoint(path)
 
 
-def test_an_index_of_a_hundred_thousand_members_opens_in_seconds(tmp_path):
+def test_thirty_thousand_members_open_in_seconds(tmp_path):
     """As many as the chunks of a large model, all in the folders of one."""
     path = tmp_path / "x.nemo"
     with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as archive:
