@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 from bioinit.errors import RefusedCheckpoint, StorageError, UnfinishedCheckpoint
 from bioinit.formats._codecs import Cache, Chain, Undecodable
+from bioinit.formats._megatron import CONFIG, describe, folded, require_finished
 from bioinit.formats._zarray import HEADER, Header, corrupt, gaps, read_header
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
-from bioinit.keys import template
 from bioinit.layout import Box, Dims, numel
 from bioinit.storage import File, Folder, Made, filled
 from bioinit.storage.file import identity
 
-METADATA, COMMON, GROUP, VERSION_3 = "metadata.json", "common.pt", ".zgroup", "zarr.json"
+GROUP, VERSION_3 = ".zgroup", "zarr.json"
 BACKEND = "zarr"
-MOST_METADATA_BYTES = 1 << 16
+MOST_CONFIG_BYTES = 1 << 16
 MOST_LOOKED_INTO = 1000
 DEEPEST = 32
 _NUMBER = "(0|[1-9][0-9]{0,18})"
@@ -39,7 +39,6 @@ _INDEX = re.compile(r"-?[0-9]+([./]-?[0-9]+)*")
 _OBJECT = re.compile(r"shard_[0-9.]+(_[0-9.]+)?\.pt")
 _PARTIAL = re.compile(r".+\.[0-9a-f]{32}\.partial|.+\.__lock")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer(_states?)?[._/].+")
-_VOCABULARY = "word_embeddings.weight"
 
 
 def _recognizes(folder: Folder) -> bool:
@@ -62,10 +61,10 @@ def _recognizes(folder: Folder) -> bool:
 
 def _backend(folder: Folder) -> str | None:
     """Who wrote the directory, if it says so the way Megatron-Core does."""
-    if not folder.has(METADATA):
+    if not folder.has(CONFIG):
         return None
-    file = folder.file(METADATA)
-    if file.size > MOST_METADATA_BYTES:
+    file = folder.file(CONFIG)
+    if file.size > MOST_CONFIG_BYTES:
         return None
     try:
         found = json.loads(file.read(0, file.size))
@@ -98,14 +97,11 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         opened.add(array)
     metadata: dict[str, Any] = {}
     if backend == BACKEND:
-        metadata["writer"] = "megatron-core"
-        split = opened.vocabulary_parts()
-        if split is not None:
-            metadata["parallel"] = {"tensor": split}
+        metadata |= describe(folder, "zarr 2", opened.tensors)
     metadata["layout"] = f"{opened.num_chunks} chunks of {len(tree.arrays)} zarr arrays"
     if tree.objects:
-        names = sorted({template(key) for key in tree.objects})
-        metadata["byte_objects"] = {"count": sum(tree.objects.values()), "names": names}
+        count = sum(tree.objects.values())
+        metadata["byte_objects"] = {"count": count, "names": folded(tree.objects)}
     if opened.missing:
         metadata["missing_chunks"] = opened.missing
     if tree.ignored:
@@ -122,20 +118,17 @@ def _require_ours(folder: Folder) -> str | None:
             f"{folder.path} is a single zarr array, without a key of its own. Point at the folder "
             "around it."
         )
-    if not folder.has(METADATA):
-        if folder.has(COMMON):
-            raise UnfinishedCheckpoint(
-                f"{folder.path} holds zarr arrays and {COMMON}, but no {METADATA}, which "
-                "Megatron-Core writes last: its save never finished, or that file was not "
-                "fetched. Fetch it, or use the checkpoint before."
-            )
+    if not folder.has(CONFIG):
+        require_finished(folder)
         return None
-    found = folder.read_json(METADATA)
+    found = folder.read_json(CONFIG)
     backend = found.get("sharded_backend") if isinstance(found, dict) else None
+    if backend == BACKEND:
+        require_finished(folder)
     version = found.get("sharded_backend_version", 1) if isinstance(found, dict) else 1
     if backend == BACKEND and version != 1:
         raise RefusedCheckpoint(
-            f"{folder.file(METADATA)} names version {version!r:.80} of the zarr backend, and only "
+            f"{folder.file(CONFIG)} names version {version!r:.80} of the zarr backend, and only "
             "1 is known. Load it with the Megatron-Core that wrote it, and save it again."
         )
     return backend if isinstance(backend, str) else None
@@ -199,7 +192,6 @@ class _Opened:
     def __init__(self, root: Folder) -> None:
         self._root = root
         self._cache = Cache()
-        self._parts: dict[str, int] = {}
         self.files: list[File] = []
         self.tensors: dict[str, StoredTensor] = {}
         self.missing: dict[str, int] = {}
@@ -217,14 +209,7 @@ class _Opened:
         if not numel(counts):  # an array of no elements
             pieces = [Piece(self._number(header.file), 0, Box.contiguous(header.shape))]
         self.num_chunks += len(found)
-        if array.name.endswith(_VOCABULARY) and len(counts) == 2 and kind == "weight":
-            self._parts[array.name] = counts[0]
         self.tensors[array.name] = StoredTensor(header.shape, header.dtype, tuple(pieces), kind)
-
-    def vocabulary_parts(self) -> int | None:
-        """How many ranks share the embedding of words, which tensor parallelism cuts by rows."""
-        found = set(self._parts.values())
-        return found.pop() if len(found) == 1 else None
 
     def _number(self, file: File) -> int:
         self.files.append(file)

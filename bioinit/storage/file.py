@@ -63,7 +63,7 @@ class File:
     @classmethod
     def at(cls, path: str | Path, name: str | None = None) -> Self:
         """The whole file at ``path``; it is looked up, but not opened."""
-        path = Path(path)
+        path = path if isinstance(path, Path) else Path(path)  # parsing it again takes longer
         try:
             found = os.stat(path)
         except OSError as error:

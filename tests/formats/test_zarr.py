@@ -110,7 +110,13 @@ def write_state(folder: Path, state: dict[str, torch.Tensor], **settings: Any) -
 
 
 def write_tiny(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """As Megatron-Core writes: raw chunks, names with dots."""
+    """As Megatron-Core writes arrays: raw chunks, names with dots."""
+    write_state(folder, state)
+
+
+def write_megatron(folder: Path, state: dict[str, torch.Tensor], common: Any = None) -> None:
+    """With the two files that Megatron-Core writes first and last."""
+    torch.save({"iteration": 7} if common is None else common, folder / "common.pt")
     write_state(folder, state)
     (folder / "metadata.json").write_text(json.dumps(MEGATRON))
 
@@ -174,9 +180,28 @@ def test_every_tensor_that_megatron_wrote_is_read_bit_for_bit(name, fixtures_dir
 
 def test_what_megatron_says_of_itself_is_told(fixtures_dir):
     found = opened(fixtures_dir / "zarr" / "bert_fp32_tp1_mcore0.12.3").metadata
-    assert "megatron-core" in found["writer"] and found["parallel"] == {"tensor": 1}
+    assert found["writer"] == "megatron-core, zarr 2" and found["parallel"] == {"tensor": 1}
+    assert found["layout"] == "34 chunks of 22 zarr arrays"
     assert found["byte_objects"]["count"] == 9
     assert "model.output_layer._extra_state" in found["byte_objects"]["names"]
+
+
+def test_what_the_writer_kept_beside_the_arrays_is_told(tmp_path):
+    split = {f"module.{w}.weight": torch.ones(4, 4) for w in ("embedding.word_embeddings", "x")}
+    write_megatron(tmp_path, split)
+    found = opened(tmp_path).metadata
+    assert found["iteration"] == 7 and found["objects"] == {"iteration": 7}
+    assert found["parallel"] == {"tensor": 2}
+
+
+def test_nothing_that_was_kept_beside_the_arrays_is_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('executed')",)
+
+    write_megatron(tmp_path, {"w": torch.ones(4)}, common={"x": Trap()})
+    found = opened(tmp_path)
+    assert list(found.tensors) == ["w"] and "exec" in str(found.metadata["objects"]["x"])
 
 
 def test_relative_paths_and_links_are_as_good_as_any(fixtures_dir, tmp_path, monkeypatch):
@@ -799,16 +824,16 @@ def test_a_single_array_is_refused_with_the_cure(tmp_path):
         opened(tmp_path / "w")
 
 
-def test_a_save_that_never_finished_is_called_so(tmp_path):
-    write_tiny(tmp_path, {"w": torch.ones(4)})
-    (tmp_path / "common.pt").write_bytes(b"never read")
-    (tmp_path / "metadata.json").unlink()
-    with pytest.raises(UnfinishedCheckpoint, match=r"no metadata\.json"):
+@pytest.mark.parametrize("lost", ["metadata.json", "common.pt"])
+def test_a_save_that_never_finished_is_called_so(lost, tmp_path):
+    write_megatron(tmp_path, {"w": torch.ones(4)})
+    (tmp_path / lost).unlink()
+    with pytest.raises(UnfinishedCheckpoint, match=rf"but no {re.escape(lost)}"):
         opened(tmp_path)
 
 
 def test_a_checkpoint_without_arrays_says_so(tmp_path):
-    (tmp_path / "metadata.json").write_text(json.dumps(MEGATRON))
+    write_megatron(tmp_path, {})
     with pytest.raises(CorruptCheckpoint, match="holds no array"):
         opened(tmp_path)
 
@@ -821,7 +846,7 @@ def test_chunks_without_a_header_are_corrupt_and_named(tmp_path):
 
 
 def test_another_version_of_the_writer_is_refused(tmp_path):
-    write_tiny(tmp_path, {"w": torch.ones(4)})
+    write_megatron(tmp_path, {"w": torch.ones(4)})
     found = MEGATRON | {"sharded_backend_version": 2}
     (tmp_path / "metadata.json").write_text(json.dumps(found))
     with pytest.raises(RefusedCheckpoint, match="version 2 of the zarr backend"):
