@@ -281,6 +281,21 @@ def test_experts_are_numbered_as_in_the_whole(has_args, is_te, tmp_path):
     assert found.metadata["parallel"] == {"tensor": tensor, "pipeline": 1, "expert": expert}
 
 
+def test_what_is_no_expert_must_be_equal_in_every_expert_rank(tmp_path):
+    name, expert = "decoder.layers.0.self_attention.linear_proj.weight", "local_experts.0"
+    for rank in range(2):
+        for place in range(2):
+            held = {
+                name: torch.full((4, 2), rank + 0.5 * (rank * place)),
+                f"decoder.layers.0.mlp.experts.{expert}.linear_fc2.weight": torch.ones(4, 2),
+            }
+            save(tmp_path / f"mp_rank_{rank:02d}_{place:03d}" / FILE, {"model": held})
+    found = opened(tmp_path)
+    assert found.read(name, ((0, 0), (4, 2))).unique().tolist() == [0.0]
+    with pytest.raises(CorruptCheckpoint, match=r"tensor rank 1.*differ"):
+        found.read(name)
+
+
 def test_many_experts_in_one_matrix_are_read_whole_and_refused_divided(tmp_path):
     name = "decoder.layers.0.mlp.experts.weight1"
     held = {"model": {name: torch.randn(4, 16)}}

@@ -166,6 +166,16 @@ def test_the_tolerance_is_on_the_sum_of_squares_over_the_whole_tensor(squared, i
     assert file_name(2, 0) in str(caught.value) and file_name(2, 1) in str(caught.value)
 
 
+def test_one_copy_of_many_that_differs_is_found(tmp_path):
+    ones = torch.ones(8)
+    near = [{"norm.weight": ones}, {"norm.weight": ones}, {"norm.weight": ones + 3e-3}]
+    found = opened(write_layers(tmp_path / "near", {2: near}))
+    assert same_bits(found.read("2.norm.weight"), (ones + ones + (ones + 3e-3)) / 3)
+    far = [{"norm.weight": ones}, {"norm.weight": ones + 6e-3}, {"norm.weight": ones - 6e-3}]
+    with pytest.raises(CorruptCheckpoint, match="model_01.* and layer_02-model_02"):
+        opened(write_layers(tmp_path / "far", {2: far})).read("2.norm.weight")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_copies_that_are_no_numbers_are_equal_only_byte_for_byte(value, tmp_path):
     odd = torch.tensor([1.0, value])

@@ -195,8 +195,8 @@ class Merger:
         raise AmbiguousFormat(
             f"nobody knows how the tensor {name!r} in {self.where} was divided: each of its "
             f"{len(parts)} partitions has {_words(parts[0].tensor)}; no rule fits its name, "
-            f"{width}. Merge the partitions into one with the program that wrote them, or add a rule to "
-            "bioinit/formats/_partitions/rules.py."
+            f"{width}. Merge the partitions into one with the program that wrote them, or add a "
+            "rule to bioinit/formats/_partitions/rules.py."
         )
 
 
