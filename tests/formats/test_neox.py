@@ -172,7 +172,7 @@ def test_one_copy_of_many_that_differs_is_found(tmp_path):
     found = opened(write_layers(tmp_path / "near", {2: near}))
     assert same_bits(found.read("2.norm.weight"), (ones + ones + (ones + 3e-3)) / 3)
     far = [{"norm.weight": ones}, {"norm.weight": ones + 6e-3}, {"norm.weight": ones - 6e-3}]
-    with pytest.raises(CorruptCheckpoint, match="model_01.* and layer_02-model_02"):
+    with pytest.raises(CorruptCheckpoint, match=r"model_01.* and layer_02-model_02"):
         opened(write_layers(tmp_path / "far", {2: far})).read("2.norm.weight")
 
 
