@@ -54,15 +54,25 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
         AmbiguousFormat: more than one does, or several sets of weights lie side by side.
         CorruptCheckpoint: it contradicts itself.
     """
+    around = folder.around
+    if around is not None and _directory.stands_for_directory(folder.names()[0]):
+        with collector.paused():
+            found = _open_directory(around, pointed_at=folder.names()[0])
+        return found[0], _checked(folder, found[1], _homes.homes(folder))
+    return _open(folder)
+
+
+def _open(folder: Folder) -> tuple[str, Contents]:
+    """Open the file, or the folder in which weights lie, that ``folder`` is or leads to."""
     with collector.paused():
-        around = folder.around
         way = _homes.homes(folder)
-        if around is not None and _directory.stands_for_directory(folder.names()[0]):
-            name, contents = _open_directory(around, pointed_at=folder.names()[0])
-        else:
-            name, contents = _open_file(folder) if folder.is_file else _open_directory(way[0])
-        _require_text(folder, contents)
-        return name, replace(contents, homes=(*contents.homes, *way))
+        name, contents = _open_file(folder) if folder.is_file else _open_directory(way[0])
+        return name, _checked(folder, contents, way)
+
+
+def _checked(folder: Folder, contents: Contents, way: tuple[Folder, ...]) -> Contents:
+    _require_text(folder, contents)
+    return replace(contents, homes=(*contents.homes, *way))
 
 
 def homes(folder: Folder) -> tuple[Folder, ...]:
@@ -74,17 +84,16 @@ def homes(folder: Folder) -> tuple[Folder, ...]:
         CheckpointError: what stands there contradicts itself, or is not finished.
     """
     way = _homes.homes(folder)
-    if not folder.is_file:
-        return way
-    for name in _fitting(folder):
+    last = folder if folder.is_file else way[0]
+    for name in _fitting(last):
         unpack = load(name).unpack
         if unpack is not None:
-            return (*_homes.homes(unpack(folder)), *way)
+            return (*_homes.homes(unpack(last)), *way)
     return way
 
 
 def _open_inner(folder: Folder) -> Contents:
-    name, contents = open_weights(folder)
+    name, contents = _open(folder)
     return replace(contents, metadata={"format": name, **contents.metadata})
 
 

@@ -18,6 +18,7 @@ DEEPSPEED_POINTER = "latest"
 WRAPPED = ("weights", "model_weights")
 _MARKS = ("metadata.json", ".metadata", "common.pt")
 _ARRAY = ".zarray"
+_NEMO_1 = "model_config.yaml"
 _STEP = re.compile(r"iter_\d+|global_step\d+|release")
 _UNFINISHED = "-unfinished"
 LONGEST_POINTER = 4096
@@ -58,7 +59,8 @@ def _step(folder: Folder) -> Folder | None:
     has_weights = _directory.has_weights(folder)
     for name in WRAPPED:
         if name in inner and _holds_shards(folder.folder(name)):
-            if has_weights:
+            # In a tree of NeMo 1 only this folder holds weights; a .pt beside it is an artifact.
+            if has_weights and not folder.has(_NEMO_1):
                 raise AmbiguousFormat(
                     f"{folder.path} holds weights, and the folder {name}/ in it does so too. Point "
                     "at the file or folder that is meant."

@@ -39,6 +39,7 @@ class Folder:
         self.path = path
         self._only = only
         self._members = members
+        self._inner: dict[str, dict[str, File]] | None = None
         self._entries: dict[str, bool] | None = None
         self._files: dict[str, File] = {}
 
@@ -183,18 +184,26 @@ class Folder:
 
     def folder(self, name: str) -> Folder:
         """The inner folder called ``name``."""
-        if self._members is not None and _stays_inside(name):
-            start = f"{name}/"
-            inner = {
-                member.removeprefix(start): file
-                for member, file in self._members.items()
-                if member.startswith(start)
-            }
-            if inner:
-                return Folder(self.path / name, members=inner)
+        if self._members is not None:
+            first, _, rest = name.partition("/")
+            members = self._members_by_folder().get(first)
+            if members is None:
+                raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
+            inner = Folder(self.path / first, members=members)
+            return inner.folder(rest) if rest else inner
         if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
             raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
         return Folder(self.path / name)
+
+    def _members_by_folder(self) -> dict[str, dict[str, File]]:
+        """Members below each inner folder; once for all, or many folders would be quadratic."""
+        if self._inner is None:
+            self._inner = {}
+            for name, file in (self._members or {}).items():
+                first, slash, rest = name.partition("/")
+                if slash:
+                    self._inner.setdefault(first, {})[rest] = file
+        return self._inner
 
     def lone(self, name: str) -> Folder:
         """The file called ``name`` as a folder of one, sharing its descriptor with this folder."""
