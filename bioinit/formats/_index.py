@@ -19,6 +19,9 @@ from bioinit.unpickle import SYMBOLS, Opaque, Symbol, load
 
 MOST_DIMS = 64
 MOST = 1 << 63
+SMALLEST_CHUNK = 16
+"""Bytes that a chunk takes in an index, at the very least."""
+
 CLASS_WORDS = (b"torch.distributed.checkpoint", b"torch.distributed._shard.checkpoint")
 
 
@@ -58,6 +61,9 @@ class Index:
     places: dict[tuple[str, Dims | None], Place] = field(default_factory=dict)
     version: str | None = None
     ranks: int | None = None
+    room: int = 0
+    """How many more chunks there can be: a pickle can name one list of them many times."""
+
     reshaped: dict[str, Dims] = field(default_factory=dict)
     """Tensors that Megatron stores flattened, and the shape they have in the model."""
 
@@ -83,6 +89,7 @@ def read_index(file: File, into: Index) -> None:
     """
     data = file.read(0, file.size)
     value = load(data, where=str(file), symbols=_TABLE)
+    into.room += len(data) // SMALLEST_CHUNK
     state = _state(file, value)
     version = state.get("version")
     into.version = version if type(version) is str else into.version
@@ -94,7 +101,7 @@ def read_index(file: File, into: Index) -> None:
         if type(entry) is Opaque and entry.name == "BytesStorageMetadata":
             into.objects.append(name)
         else:
-            _add_tensor(file, into, name, entry, room=len(data))
+            _add_tensor(file, into, name, entry)
     stored = state.get("storage_data")
     if type(stored) is not dict:
         _corrupt(file, f"its storage_data are a {type(stored).__name__}, not a table of places")
@@ -102,15 +109,18 @@ def read_index(file: File, into: Index) -> None:
     _note_reshaped(state.get("mcore_data"), into)
 
 
-def _add_tensor(file: File, into: Index, name: str, entry: Any, room: int) -> None:
+def _add_tensor(file: File, into: Index, name: str, entry: Any) -> None:
     try:
         state = entry.state
         properties = state["properties"]
         shape = dims(state["size"])
         dtype = _dtype(properties)
         chunks = state["chunks"]
-        if type(chunks) is not list or len(chunks) > room:
+        if type(chunks) is not list:
             raise ValueError("chunks are no list")
+        into.room -= len(chunks)
+        if into.room < 0:
+            raise ValueError("it lists more chunks than the index has room for")
         spans = []
         for chunk in chunks:
             inside = chunk.state

@@ -53,6 +53,7 @@ class Items:
         self.open_inner = open_inner
         # By length of the item, then by length of its head: what a head says.
         self.heads: dict[int, dict[int, dict[bytes, Located]]] = {}
+        self.parsed: dict[tuple[str, int], tuple[int, Located]] = {}
         self.blobs: dict[tuple[str, int], tuple[Mapping[str, StoredTensor], dict[str, Dims]]] = {}
 
     def locate(self, item: Item, name: str, at: Dims) -> Located:
@@ -85,6 +86,16 @@ class Items:
     def _parse(self, item: Item, name: str, start: bytes) -> Located:
         """What the archive says by itself, from the directory at its end."""
         file, offset, length = item
+        before = self.parsed.get((file.name, offset))
+        if before is not None:
+            if before[0] != length:
+                _corrupt(
+                    file,
+                    name,
+                    f"is said to take {length} bytes from byte {offset} on, and another one "
+                    f"{before[0]} bytes from there",
+                )
+            return before[1]
         window = file.window(f"{file.name}, tensor {name!r} at byte {offset}", offset, length)
         found = members(window)
         root = _root(window, found)
@@ -117,7 +128,9 @@ class Items:
             by_size = self.heads.setdefault(length, {})
             if len(by_size) < MOST_HEADS or begin in by_size:
                 by_size.setdefault(begin, {})[head[:begin]] = located
-        return located._replace(offset=offset + at)
+        found_here = located._replace(offset=offset + at)
+        self.parsed[file.name, offset] = length, found_here
+        return found_here
 
     def _in_blob(self, item: Item, name: str, at: Dims) -> Located:
         """The same where all tensors of a file are in one safetensors image."""

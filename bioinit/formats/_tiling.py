@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from bioinit.layout import Dims, numel
 
 MOST_LEVELS = 64
-MOST_COMPARED = 1000
+MOST_SORTED = 64
+"""How often a span may be sorted, on average; a grid of any number of dims takes that many."""
+
+MOST_COMPARED = 64
 
 Span = tuple[Dims, Dims]
 """Offsets and sizes."""
@@ -61,12 +64,14 @@ def _is_grid(shape: Dims, spans: Sequence[Span]) -> bool:
 def _fault(begin: Dims, size: Dims, spans: list[Span]) -> str | None:
     """The same for the part of the tensor at ``begin``, which all of ``spans`` lie inside."""
     waiting = [(begin, size, spans, 0)]
+    room = MOST_SORTED * len(spans)
     while waiting:
         begin, size, spans, level = waiting.pop()
         if len(spans) == 1 and spans[0] == (begin, size):
             continue
-        if level > MOST_LEVELS:
-            return f"its chunks are cut apart in more than {MOST_LEVELS} steps"
+        room -= len(spans)
+        if level > MOST_LEVELS or room < 0:
+            return "its chunks are cut apart in too many steps"
         found = _cut(begin, size, spans)
         if isinstance(found, str):
             return found

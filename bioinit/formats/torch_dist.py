@@ -58,6 +58,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     files = _files(folder, index)
     items = Items(folder, open_inner)
     lazily = Lazily(index, items, files)
+    _require_apart(folder, index)
     numbers = {name: number for number, name in enumerate(files)}
     tensors: dict[str, StoredTensor] = {}
     unreadable: dict[str, str] = {}
@@ -135,6 +136,25 @@ def _files(folder: Folder, index: Index) -> dict[str, File]:
             f"{shown}. Fetch them, or point at a checkpoint that was finished."
         )
     return {path: folder.file(path) for path in wanted}
+
+
+def _require_apart(folder: Folder, index: Index) -> None:
+    """Raise if items of weights overlap: no item is then looked at more than once."""
+    by_file: dict[str, dict[int, int]] = {}
+    for (name, _), (path, offset, length, _) in index.places.items():
+        if name in index.tensors and not is_training_state(name):
+            held = by_file.setdefault(path, {})
+            held[offset] = min(length, held.get(offset, length))
+    for path, held in by_file.items():
+        end = 0
+        for offset in sorted(held):
+            if offset < end:
+                raise CorruptCheckpoint(
+                    f"{folder.path}/{INDEX} is damaged: it lets an item in {path} begin at byte "
+                    f"{offset}, inside another one, which ends at byte {end}. Fetch or write the "
+                    "checkpoint again."
+                )
+            end = offset + held[offset]
 
 
 def _pieces(
