@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from bioinit import formats
 from bioinit.contexts.checkpoint import Checkpoint
 from bioinit.errors import AmbiguousFormat, CheckpointError, CorruptCheckpoint
+from bioinit.formats._partitions.rules import LONGEST_NAME
 from bioinit.storage import Folder
 
 State = dict[str, torch.Tensor]
@@ -135,6 +137,7 @@ def test_sums_are_added_left_to_right_in_the_stored_dtype(tmp_path):
     found = opened(write_layers(tmp_path / "it", layers))
     assert found.read("2.attention.dense.bias").item() == 2048.0
     assert sum(parts[1:], torch.zeros(1)).item() + 2048 == 2051
+    assert found.metadata["sums"] == ["*.attention.dense.bias"]
 
 
 def test_a_mean_is_taken_of_copies_that_differ_a_little_and_said(tmp_path):
@@ -333,6 +336,20 @@ def test_a_tensor_that_claims_more_than_its_file_holds_is_corrupt(tmp_path):
     folder = write_layers(tmp_path / "it", {2: [{"norm.weight": huge}] * 2})
     with pytest.raises(CheckpointError, match=r"norm\.weight"):
         opened(folder)
+
+
+@pytest.mark.parametrize("unit", ["norm", "layernorm_", "attention.", "a.", "lora", "input_norm."])
+def test_long_names_take_no_longer_than_others(unit, tmp_path):
+    longest = [unit * (4000 // len(unit)) + str(n) for n in range(20)]
+    names = [*longest, *(unit * (LONGEST_NAME // len(unit) - 1) + str(n) for n in range(2000))]
+    state = {name: torch.ones(2, dtype=torch.int64) for name in names}
+    folder = write_layers(tmp_path / "it", {2: [state, state]})
+    begin = time.perf_counter()
+    try:
+        assert len(opened(folder).tensors) == len(names)
+    except AmbiguousFormat:
+        assert unit == "lora"
+    assert time.perf_counter() - begin < 3
 
 
 def test_extra_states_are_counted_and_not_read(tmp_path):

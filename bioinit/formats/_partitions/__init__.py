@@ -35,6 +35,7 @@ class Merger:
         self.kinds: Counter[str] = Counter()
         self.byte_objects: Counter[str] = Counter()
         self.deduced: dict[str, int] = {}
+        self.sums: set[str] = set()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -42,6 +43,8 @@ class Merger:
         found: dict[str, Any] = {}
         if self.kinds:
             found["merged"] = dict(self.kinds)
+        if self.sums:
+            found["sums"] = sorted(self.sums)
         if self.deduced:
             found["divided_by_shape"] = dict(self.deduced)
         if self.byte_objects:
@@ -118,6 +121,8 @@ class Merger:
             self._raise_unknown(name, parts, rules)
         self._require_alike(name, parts)
         self.kinds[rule.kind] += 1
+        if rule.kind == "sum":
+            self.sums.add(template(name))
         if known_as in rules.deduced:
             self.deduced[template(name)] = rule.dim
         if rule.kind in ("same", "sum"):
