@@ -25,7 +25,7 @@ from bioinit.storage import File, Folder
 HEADER = ".zarray"
 MOST_HEADER_BYTES = 1 << 20
 MOST_BYTES = 1 << 63
-MOST_DIMS = 64
+MOST_DIMS = 32  # what zarr 2 can write
 
 _PLAIN = {
     "b1": torch.bool,
@@ -254,16 +254,16 @@ def gaps(present: Sequence[Dims], counts: Dims) -> Iterator[tuple[Dims, Dims]]:
 
     There are at most as many as ``present`` has numbers, plus one, however large the grid is.
     """
+    cells = [numel(counts[dim:]) for dim in range(len(counts) + 1)]
 
     def search(low: int, high: int, fixed: Dims) -> Iterator[tuple[Dims, Dims]]:
         dim = len(fixed)
-        inner = counts[dim + 1 :]
-        if high - low == numel(counts[dim:]):
+        if high - low == cells[dim]:
             return
         if dim == len(counts):  # the one chunk of a scalar
             yield (), ()
             return
-        at = 0
+        at, inner = 0, counts[dim + 1 :]
         while low < high:
             value = present[low][dim]
             if value > at:

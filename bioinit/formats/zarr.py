@@ -32,6 +32,7 @@ GROUP, VERSION_3 = ".zgroup", "zarr.json"
 BACKEND = "zarr"
 MOST_CONFIG_BYTES = 1 << 16
 MOST_LOOKED_INTO = 1000
+MOST_GAPS = 50_000
 DEEPEST = 32
 _NUMBER = "(0|[1-9][0-9]{0,18})"
 _CHUNK = re.compile(rf"{_NUMBER}(\.{_NUMBER})*")
@@ -121,6 +122,8 @@ def _require_ours(folder: Folder) -> str | None:
     if not folder.has(CONFIG):
         require_finished(folder)
         return None
+    if folder.file(CONFIG).size > MOST_CONFIG_BYTES:
+        corrupt(folder.file(CONFIG), f"it has more than {MOST_CONFIG_BYTES} bytes")
     found = folder.read_json(CONFIG)
     backend = found.get("sharded_backend") if isinstance(found, dict) else None
     if backend == BACKEND:
@@ -245,7 +248,12 @@ class _Opened:
         element = header.fill_bytes()
         how = f"fill value {header.fill!r:.40}" if header.fill is not None else "no chunk: zeros"
         number = self._number(filled(header.file, header.file.name, len(element), element, how))
-        for first, cells in gaps(present, header.counts):
+        for count, (first, cells) in enumerate(gaps(present, header.counts)):
+            if count == MOST_GAPS:
+                raise UnfinishedCheckpoint(
+                    f"{self._root.path} lacks chunks of {header.name!r} in more than {MOST_GAPS} "
+                    "places. Fetch them, or use the checkpoint before."
+                )
             yield Piece(number, 0, header.gap(first, cells))
 
 
