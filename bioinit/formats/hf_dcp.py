@@ -18,7 +18,12 @@ from bioinit.layout import Dims
 from bioinit.storage import File, Folder
 
 PART = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
-INSIDE = "sharded"
+INSIDE = ("sharded", "model")
+"""Where torch puts them if it is to merge them too, and where NeMo Automodel does."""
+
+CONFIGS = ("consolidated", ".hf_metadata")
+"""Where NeMo Automodel leaves the config, inside the folder of the parts."""
+
 MOST = 1 << 63
 
 
@@ -30,11 +35,14 @@ def _parts_in(folder: Folder) -> Folder | None:
     """``folder`` if it holds such files, or the one inside it if nothing merged them beside it."""
     if any(PART.fullmatch(name) for name in folder.names()):
         return folder
-    merged = any(name.endswith(".safetensors") for name in folder.names())
-    if merged or INSIDE not in folder.folders():
+    if any(name.endswith(".safetensors") for name in folder.names()):
         return None
-    inner = folder.folder(INSIDE)
-    return inner if any(PART.fullmatch(name) for name in inner.names()) else None
+    for name in INSIDE:
+        if name in folder.folders():
+            inner = folder.folder(name)
+            if any(PART.fullmatch(found) for found in inner.names()):
+                return inner
+    return None
 
 
 def _open(folder: Folder, open_inner: Open) -> Contents:
@@ -60,7 +68,8 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         "writer": f"torch.distributed.checkpoint, for the hub {version or ''}".rstrip(),
         "layout": f"{len(names)} files by {len(ranks)} ranks",
     }
-    return Contents(tuple(files), tensors, metadata, homes=(inner, folder))
+    configs = [inner.folder(name) for name in CONFIGS if name in inner.folders()]
+    return Contents(tuple(files), tensors, metadata, homes=(inner, *configs))
 
 
 def _require_one_set(folder: Folder, names: list[str]) -> None:

@@ -90,6 +90,17 @@ def test_the_merged_files_beside_the_parts_are_what_is_read(tmp_path):
     assert opened(tmp_path / "sharded")[0] == "hf_dcp"
 
 
+def test_the_folder_that_automodel_keeps_the_config_in_is_searched_for_one(tmp_path):
+    model = tmp_path / "model"
+    write_parts(model, [{"x": ((0,), torch.zeros(2))}])
+    (model / ".hf_metadata").mkdir()
+    (tmp_path / "optim").mkdir()
+    for path in (tmp_path, model):
+        name, contents = opened(path)
+        assert name == "hf_dcp" and set(contents.tensors) == {"x"}
+        assert model / ".hf_metadata" in [home.path for home in contents.homes]
+
+
 def test_torch_reads_the_same(tmp_path):
     x = torch.randn(6, 3)
     write_parts(tmp_path, [{"x": ((0, 0), x[:2])}, {"x": ((2, 0), x[2:])}])
