@@ -12,6 +12,8 @@ import re
 _NEMO = "nemo.collections.llm.gpt.model"
 _BRIDGE = "megatron.bridge.models"
 
+_LONGEST = 300
+
 MOVED = {
     "bionemo.esm2.api.ESM2Config": "bionemo.esm2.model.model.ESM2Config",
     "bionemo.esm2.api.ESM2GenericConfig": "bionemo.esm2.model.model.ESM2GenericConfig",
@@ -81,6 +83,8 @@ def canonical(name: str) -> str:
     >>> canonical("somebody.elses.Config")
     'somebody.elses.Config'
     """
+    if len(name) > _LONGEST:
+        return name
     name = MOVED.get(name, name)
     short = name.rpartition(".")[2]
     for package, at, families in _PRESETS:

@@ -28,11 +28,13 @@ from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.storage import Folder
 
 VERSION = "0.0.1"
-LARGEST = 32 << 20
+LARGEST = 16 << 20
 DEEPEST = 64
 MOST_VALUES = 500_000
 TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"
 _LONGEST_SHOWN = 80
+_LONGEST_NAME = 1000
+_BYTES_PER_VALUE = 64
 _PRIMITIVE = (bool, int, float, str, type(None))
 _LISTS = ("builtins.list", "builtins.tuple", "builtins.set", "builtins.frozenset")
 _BUILDABLE = "BuildableTraverserMetadata"
@@ -133,7 +135,8 @@ class _Reader:
             mapping, size = self._dict(node.get("metadata"), pairs, at, depth)
             return mapping, total + size
         if kind == "builtins.bytes":
-            return self._bytes(values, at), 1
+            found = self._bytes(values, at)
+            return found, 1 + len(found) // _BYTES_PER_VALUE
         return self._record(node.get("metadata"), kind, pairs, at), total
 
     def _dict(
@@ -224,6 +227,8 @@ class _Reader:
         module, name = node.get("module"), node.get("name")
         if not isinstance(module, str) or not isinstance(name, str) or not module or not name:
             self._corrupt(at, "a reference into Python has no module and name")
+        if len(module) + len(name) > _LONGEST_NAME:
+            self._corrupt(at, f"a name has {len(module) + len(name)} letters")
         return f"{module}.{name}"
 
     def _corrupt(self, at: str, what: str) -> NoReturn:

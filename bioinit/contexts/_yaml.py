@@ -20,7 +20,9 @@ LARGEST = 1 << 20
 DEEPEST = 64
 MOST_VALUES = 200_000
 LONGEST_NUMBER = 4000
+LONGEST_TEXT = 1 << 16
 _LONGEST_SHOWN = 80
+_LONGEST_NAME = 1000
 _STANDARD = "tag:yaml.org,2002:"
 _CONTAINERS = {f"{_STANDARD}map", f"{_STANDARD}seq", f"{_STANDARD}python/tuple"}
 _EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
@@ -114,8 +116,9 @@ class _Unfolding:
                 return ABSENT
             if value.get(_CALL) is False:
                 return target
-            if isinstance(value.get(_NAME), str) and _ARGS in value:
-                return f"{target}.{value[_NAME]}"
+            member = value.get(_NAME)
+            if isinstance(member, str) and _ARGS in value and len(member) <= _LONGEST_SHOWN:
+                return f"{target[:_LONGEST_NAME]}.{member}"
         entries = ((key, self.of(item)) for key, item in value.items() if key != _CALL)
         return {key: entry for key, entry in entries if entry is not ABSENT}
 
@@ -216,6 +219,8 @@ class _Builder:
 
     def _scalar(self, event: Any, loader: Any) -> Any:
         text: str = event.value
+        if len(text) > LONGEST_TEXT:
+            self._corrupt(event, f"a text has {len(text)} letters")
         if event.tag is not None and event.tag != "!":
             tag = event.tag
         elif event.implicit[0] and event.tag is None:

@@ -3,7 +3,8 @@
 They are the ``args`` of ``common.pt`` (``torch_dist`` and ``zarr``), of ``model_optim_rng.pt`` in
 each rank's folder, or of DeepSpeed's ``mp_rank_XX_model_states.pt``. Only the pickle is read, by
 the closed unpickler: an object in it is a mapping with its class under ``_target_``, what is called
-by name is its dotted name, and tensors are left out.
+by name is its dotted name, and tensors are left out. DeepSpeed's file with a plain mapping is what
+GPT-NeoX writes: its names are NeoX's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _BESIDE = ("iteration", "checkpoint_version")
 def _read(folder: Folder) -> Context | None:
     file = _file(folder)
     value = None if file is None else _value(file)
-    if not isinstance(value, dict):
+    if file is None or not isinstance(value, dict):
         return None
     args = value.get("args")
     if isinstance(args, Opaque):
@@ -42,8 +43,11 @@ def _read(folder: Folder) -> Context | None:
     shown = plain(args) or {}
     data = {key: _plain(item, shown[key]) for key, item in args.items() if key in shown}
     beside = {key: plain(value[key]) for key in _BESIDE if key in value}
+    is_neox = isinstance(value["args"], dict) and _DEEPSPEED.fullmatch(file.path.name) is not None
+    if is_neox:
+        data = {key.replace("-", "_"): item for key, item in data.items()}
     return Context(
-        dialect="megatron", where=f"{file} (args)", data=data, model=None,
+        dialect="neox" if is_neox else "megatron", where=f"{file} (args)", data=data, model=None,
         tree={"model": data, **beside},
     )  # fmt: skip
 
@@ -106,4 +110,4 @@ def _plain(value: Any, shown: Any) -> Any:
     return {"_target_": name, "_args_": made_from} if made_from else {"_target_": name}
 
 
-CONTEXT = ContextKind(read=_read, rank=4)
+CONTEXT = ContextKind(read=_read, rank=2)

@@ -31,6 +31,9 @@ _BRACKET = re.compile(r"\[(\w+)\]")
 _ESCAPED = "\\$"
 _DEEPEST = 16
 _MOST_LETTERS = 1 << 20
+_PER_LOOK_UP = 16
+_LONGEST = 1000
+_LONGEST_PATH = 250
 _MISSING = object()
 _SCALAR = (str, int, float, bool, type(None))
 
@@ -73,7 +76,7 @@ class _Interpolated:
         return self.text(value, path, ()) if isinstance(value, str) else value
 
     def text(self, text: str, path: Path, active: tuple[Path, ...]) -> Any:
-        if "${" not in text or _ESCAPED in text:
+        if len(text) > _LONGEST or "${" not in text or _ESCAPED in text:
             return text
         if path in active or len(active) > _DEEPEST:
             way = " -> ".join(".".join(map(str, one)) for one in (*active, path))
@@ -90,18 +93,22 @@ class _Interpolated:
         def spelled(match: re.Match[str]) -> str:
             found = self.meant(match[1], path, active)
             said = match[0] if found is _MISSING else str(found)
-            self.letters += 1 + len(said)
-            if self.letters > _MOST_LETTERS:
-                raise CorruptCheckpoint(
-                    f"{self.where}: its interpolations spell more than {_MOST_LETTERS} letters. "
-                    "Correct it, or fetch it again."
-                )
+            self.spend(len(said))
             return said
 
         return _INTERPOLATION.sub(spelled, text)
 
+    def spend(self, letters: int) -> None:
+        self.letters += letters
+        if self.letters > _MOST_LETTERS:
+            raise CorruptCheckpoint(
+                f"{self.where}: its interpolations spell more than {_MOST_LETTERS} letters. "
+                "Correct it, or fetch it again."
+            )
+
     def meant(self, expression: str, path: Path, active: tuple[Path, ...]) -> Any:
         """The scalar that ``expression`` means at ``path``."""
+        self.spend(_PER_LOOK_UP)
         name = expression.strip()
         steps = len(name) - len(name.lstrip("."))
         keys = [key for key in _BRACKET.sub(r".\1", name[steps:]).split(".") if key]
@@ -143,7 +150,7 @@ class _Artifacts:
             return {key: self.of(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list):
             return [self.of(item, (*path, i)) for i, item in enumerate(value)]
-        if isinstance(value, str) and value.startswith(_PREFIX):
+        if isinstance(value, str) and len(value) <= _LONGEST_PATH and value.startswith(_PREFIX):
             return self.followed(value, path)
         return value
 
@@ -157,7 +164,7 @@ class _Artifacts:
                 "the name, or get the checkpoint from a source you trust."
             )
         plain = str(inside)
-        if len(plain) > 250 or not self.folder.has(plain):
+        if not self.folder.has(plain):
             return text
         own = _CHECKSUM.sub("", inside.name, count=1)
         key = path[-1] if path else ""

@@ -196,7 +196,7 @@ class _Artifacts:
             if not isinstance(held, str) or value.get("skip") is True:
                 return held
             return self._followed(held, at, at.rpartition(".")[2])
-        is_tokenizer = _TOKENIZER.search(kind) is not None
+        is_tokenizer = _TOKENIZER.search(kind[-_LONGEST_PATH:]) is not None
         found = {}
         for key, item in value.items():
             inner = f"{at}.{key}" if at else str(key)
@@ -208,6 +208,8 @@ class _Artifacts:
 
     def _followed(self, text: str, at: str, field: str) -> str:
         """The path ``text`` relative to the checkpoint; itself, if nothing lies there."""
+        if len(text) > _LONGEST_PATH:  # no file has such a name, so it is none
+            return text
         path = PurePosixPath(text)
         if path.is_absolute() or ".." in path.parts or "\0" in text:
             raise RefusedCheckpoint(
@@ -216,7 +218,7 @@ class _Artifacts:
                 "the checkpoint from a source you trust."
             )
         name = str(path)
-        if name == "." or len(name) > _LONGEST_PATH:
+        if name == ".":
             return text
         if self.place.has(name):
             self._carry(name, path.name if path.name in _FILES else _NAMED_BY_FIELD.get(field))

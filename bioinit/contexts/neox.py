@@ -99,4 +99,4 @@ def _tokenizer(folder: Folder, data: dict[str, Any]) -> dict[str, File]:
     return {} if name is None else {"tokenizer.json": folder.file(name)}
 
 
-CONTEXT = ContextKind(read=_read, rank=2)
+CONTEXT = ContextKind(read=_read, rank=4)

@@ -83,6 +83,11 @@ def test_arguments_may_be_a_mapping_or_another_namespace(tmp_path: Path) -> None
         assert read(write(tmp_path, "common.pt", {"args": args})).data == {"num_layers": 2}
 
 
+def test_a_mapping_in_a_file_of_deepspeed_s_is_neox_s(tmp_path: Path) -> None:
+    context = read(write(tmp_path, "mp_rank_00_model_states.pt", {"args": {"num-layers": 2}}))
+    assert context.dialect == "neox" and context.data == {"num_layers": 2}
+
+
 def test_the_first_rank_speaks(tmp_path: Path) -> None:
     for rank in (0, 1):
         write(tmp_path, f"mp_rank_{rank:02}/model_optim_rng.pt", {"args": Namespace(rank=rank)})

@@ -119,7 +119,12 @@ HOSTILE: dict[str, tuple[str, type[Exception], str]] = {
         "letters",
     ),
     "a bomb of nothing": (
-        "a0: ''\n" + "".join(f"a{i + 1}: {f'${{a{i}}}' * 1000}\n" for i in range(12)),
+        "a0: ''\n" + "".join(f"a{i + 1}: {f'${{a{i}}}' * 150}\n" for i in range(12)),
+        CorruptCheckpoint,
+        "letters",
+    ),
+    "more of them than any config has": (
+        "a: 1\nb: [" + ",".join(["'${a}'"] * 100_000) + "]",
         CorruptCheckpoint,
         "letters",
     ),
@@ -139,6 +144,18 @@ def test_a_hostile_config_is_turned_down_by_its_file(
         read(write(tmp_path, text))
     assert time.perf_counter() - began < 5
     assert "model_config.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize("item", ["*s", "*n", "'${s}'"])
+def test_a_long_text_that_is_shared_costs_what_it_takes_once(tmp_path: Path, item: str) -> None:
+    long = "${x" * 20_000
+    count = 2_000
+    text = f"s: &s '{long}'\nn: &n 'nemo:{long}'\na: [{','.join([item] * count)}]\n"
+    began = time.perf_counter()
+    assert (
+        read(write(tmp_path, text)).data["a"] == [f"nemo:{long}" if item == "*n" else long] * count
+    )
+    assert time.perf_counter() - began < 5
 
 
 def test_nemo_2_s_files_are_left_to_nemo_2(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -578,6 +579,49 @@ def test_a_hostile_yaml_is_turned_down_by_file_and_line(
     assert time.perf_counter() - began < 5
     assert "model.yaml" in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["context"]
+
+
+SHARED = {
+    "a member of an enum": "{_target_: *s, _name_: a, _args_: []}",
+    "a path": "{_target_: a.Tokenizer, model_path: *s}",
+    "a class": "{_target_: *s, m: 1}",
+    "a text": "*s",
+}
+
+
+@pytest.mark.parametrize("item", SHARED.values(), ids=SHARED)
+def test_a_long_text_that_is_shared_costs_what_it_takes_once(tmp_path: Path, item: str) -> None:
+    long = "nemo.collections.llm." * 3000
+    write_yaml(tmp_path, f"s: &s {long}\nconfig: {{a: [{','.join([item] * 10_000)}]}}\n")
+    began = time.perf_counter()
+    tracemalloc.start()
+    try:
+        assert len(read(tmp_path).data["a"]) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - began < 5
+
+
+def test_a_name_without_end_is_corrupt() -> None:
+    def change(document: dict[str, Any]) -> None:
+        list_entry(document)["type"].update(module="m" * 2000)
+
+    with pytest.raises(CorruptCheckpoint, match="a name has 2004 letters"):
+        parse_fiddle(damaged(change), "io.json")
+
+
+def test_bytes_that_are_shared_count_every_time() -> None:
+    def change(document: dict[str, Any]) -> None:
+        kind = {"type": "pyref", "module": "builtins", "name": "bytes"}
+        content = [["IdentityElement()", {"type": "ref", "key": "s"}]]
+        document["objects"]["s"] = {"type": "leaf", "value": "x" * 1_000_000}
+        list_entry(document)["items"] = [
+            ["Index(index=0)", {"type": kind, "items": content, "metadata": None}]
+        ] * 1000
+
+    with pytest.raises(CorruptCheckpoint, match="unfold to more"):
+        parse_fiddle(damaged(change), "io.json")
 
 
 def test_a_yaml_that_is_too_large_is_corrupt_before_it_is_read(tmp_path: Path) -> None:
