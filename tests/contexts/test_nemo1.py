@@ -124,7 +124,7 @@ HOSTILE: dict[str, tuple[str, type[Exception], str]] = {
         "letters",
     ),
     "more of them than any config has": (
-        "a: 1\nb: [" + ",".join(["'${a}'"] * 100_000) + "]",
+        "a: 1\nb: [" + ",".join(["'${a}'"] * 70_000) + "]",
         CorruptCheckpoint,
         "letters",
     ),

@@ -592,11 +592,11 @@ SHARED = {
 @pytest.mark.parametrize("item", SHARED.values(), ids=SHARED)
 def test_a_long_text_that_is_shared_costs_what_it_takes_once(tmp_path: Path, item: str) -> None:
     long = "nemo.collections.llm." * 3000
-    write_yaml(tmp_path, f"s: &s {long}\nconfig: {{a: [{','.join([item] * 10_000)}]}}\n")
+    write_yaml(tmp_path, f"s: &s {long}\nconfig: {{a: [{','.join([item] * 2_000)}]}}\n")
     began = time.perf_counter()
     tracemalloc.start()
     try:
-        assert len(read(tmp_path).data["a"]) == 10_000
+        assert len(read(tmp_path).data["a"]) == 2_000
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
