@@ -47,7 +47,7 @@ def main() -> int:
     keep = asked.keep.resolve()
     keep.mkdir(parents=True, exist_ok=True)
     seconds = max(1, asked.seconds // len(chosen))
-    how = "guided by coverage" if atheris else "at random: atheris is not installed"
+    how = "guided by coverage" if atheris else "at random (atheris is not installed)"
     print(f"{len(chosen)} targets, {seconds} s each, {how}; findings go to {keep}", flush=True)
     total, bad = 0, 0
     with tempfile.TemporaryDirectory(dir=_memory_disk()) as place:
@@ -75,6 +75,8 @@ def _imported() -> tuple[Any, Any]:
     else:
         with atheris.instrument_imports(include=["bioinit"]):
             from tests.fuzz import targets
+
+            targets.import_everything()
     import torch
 
     torch.set_num_threads(1)

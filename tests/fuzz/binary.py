@@ -339,5 +339,7 @@ def spoil_gzip(data: bytes, choices: Choices) -> bytes:
         cut = choices.below(len(inner))
         return b"".join(gzip.compress(part, 1, mtime=0) for part in (inner[:cut], inner[cut:]))
     if action == 3:
-        return data + choices.pick((b"\0" * 512, b"x", data, gzip.compress(b""), b"\x1f\x8b"))
+        return data + choices.pick(
+            (b"\0" * 512, b"x", data, gzip.compress(b"", mtime=0), b"\x1f\x8b")
+        )
     return spoil_bytes(data, choices)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -122,7 +123,22 @@ def _torch_zip() -> list[Case]:
 
 
 def _torch_legacy() -> list[Case]:
-    return [{"pytorch_model.bin": _saved(_state(), legacy=True)}]
+    """Storages are called, and put in order, by where they lie in memory: make that the same."""
+    storages = sorted((torch.UntypedStorage(64) for _ in _state()), key=lambda one: str(one._cdata))
+    state = {}
+    for storage, (name, tensor) in zip(storages, _state().items(), strict=True):
+        made = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+        storage.fill_(0)
+        state[name] = made.copy_(tensor)
+    keys: dict[bytes, bytes] = {}
+
+    def numbered(found: re.Match[bytes]) -> bytes:
+        key = keys.setdefault(found[2], b"k%d" % len(keys))
+        is_key = int.from_bytes(found[1], "little") == len(found[2])
+        return b"X" + len(key).to_bytes(4, "little") + key if is_key else found[0]
+
+    data = _saved(state, legacy=True)
+    return [{"pytorch_model.bin": re.sub(rb"(?s)X(....)(\d{9,})", numbered, data)}]
 
 
 def _written(write: Callable[[Path], None]) -> Case:

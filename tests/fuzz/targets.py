@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from bioinit import contexts, families, formats
 from bioinit.contexts._fiddle import parse_fiddle
 from bioinit.contexts._yaml import parse_yaml, unfolded
 from bioinit.storage import File, Folder, tar, zip
@@ -139,6 +140,13 @@ def decisions(target: str, number: int) -> bytes:
     return (b"\0" if target in PARSERS else b"") + random.Random(mixed).randbytes(size)
 
 
+def import_everything() -> None:
+    """Import what is otherwise imported when it is first asked for."""
+    for corridor in (formats, contexts, families):
+        for name in corridor.names():
+            corridor.load(name)
+
+
 def warm_up(folder: Path) -> list[str]:
     """Open something of every kind, so that later nothing is imported for the first time.
 
@@ -146,6 +154,7 @@ def warm_up(folder: Path) -> list[str]:
     """
     for name in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):  # JSON's, by its first bytes
         codecs.lookup(name)
+    import_everything()
     wrong = []
     for target in NAMES:
         try:
