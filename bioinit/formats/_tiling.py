@@ -13,7 +13,7 @@ from bioinit.layout import Dims, numel
 
 MOST_LEVELS = 64
 MOST_SORTED = 64
-"""How often a span may be sorted, on average; a grid of any number of dims takes that many."""
+"""How often a span may be sorted, on average: enough for ten dims that are all cut unevenly."""
 
 MOST_COMPARED = 64
 
@@ -69,7 +69,8 @@ def _fault(begin: Dims, size: Dims, spans: list[Span]) -> str | None:
         begin, size, spans, level = waiting.pop()
         if len(spans) == 1 and spans[0] == (begin, size):
             continue
-        room -= len(spans)
+        # Every dim before the one that is cut is sorted in vain; dims of 1 are passed over.
+        room -= len(spans) * max(1, sum(n != 1 for n in size))
         if level > MOST_LEVELS or room < 0:
             return "its chunks are cut apart in too many steps"
         found = _cut(begin, size, spans)
@@ -81,7 +82,9 @@ def _fault(begin: Dims, size: Dims, spans: list[Span]) -> str | None:
 
 def _cut(begin: Dims, size: Dims, spans: list[Span]) -> str | list[tuple[Dims, Dims, list[Span]]]:
     """Parts that a plane separates, or why there are none."""
-    for dim in range(len(size)):
+    for dim, length in enumerate(size):
+        if length == 1 and len(spans) > 1:
+            continue
         ordered = sorted(spans, key=lambda span: span[0][dim])
         parts: list[tuple[int, int, list[Span]]] = []
         for span in ordered:
@@ -96,8 +99,8 @@ def _cut(begin: Dims, size: Dims, spans: list[Span]) -> str | list[tuple[Dims, D
             if low > end:
                 return _gap(dim, end, low, begin, size)
             end = high
-        if end < begin[dim] + size[dim]:
-            return _gap(dim, end, begin[dim] + size[dim], begin, size)
+        if end < begin[dim] + length:
+            return _gap(dim, end, begin[dim] + length, begin, size)
         if len(parts) > 1:
             return [
                 (
