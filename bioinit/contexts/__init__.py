@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bioinit import formats
+from bioinit.contexts._subpath import at
 from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
-from bioinit.keys import suggestion
 from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
@@ -101,21 +101,7 @@ def load_context(path: str | Path, subpath: str | None = None) -> Any:
             f"{folder.path} holds no saved config. Known kinds: {', '.join(names())}. "
             "Point at the folder in which config.json or context/ lies."
         )
-    found: Any = context.tree
-    taken: list[str] = []
-    for key in subpath.split(".") if subpath else ():
-        if taken == ["model"] and key == "config" and "config" not in found:
-            continue  # other systems keep a model's config one step further down
-        if not isinstance(found, Mapping) or key not in found:
-            at = ".".join(taken) or "the top"
-            there = sorted(map(str, found)) if isinstance(found, Mapping) else []
-            raise ConfigError(
-                f"{context.where} has nothing at {subpath!r}: at {at} there is no {key!r}. "
-                f"{suggestion(key, there)} There is: {', '.join(there) or 'a single value'}."
-            )
-        found = found[key]
-        taken.append(key)
-    return found
+    return at(context, subpath)
 
 
 def _local(path: str | Path) -> Folder:

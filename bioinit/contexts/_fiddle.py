@@ -28,7 +28,7 @@ from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.storage import Folder
 
 VERSION = "0.0.1"
-LARGEST = 16 << 20
+LARGEST = 4 << 20
 DEEPEST = 64
 MOST_VALUES = 500_000
 TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"

@@ -23,4 +23,4 @@ def _read(folder: Folder) -> Context | None:
     )
 
 
-CONTEXT = ContextKind(read=_read, rank=1)
+CONTEXT = ContextKind(read=_read, rank=9)
