@@ -344,6 +344,44 @@ def test_megatrons_files_tell_the_writer_and_its_layout(tmp_path):
     json.dumps(metadata)
 
 
+@pytest.mark.parametrize(
+    ("common", "beside", "program"),
+    [
+        ({"pytorch-lightning_version": "2.5.0", "global_step": 3}, (), "NeMo 2 (Lightning 2.5.0)"),
+        ({"iteration": 3}, ("run_config.yaml",), "Megatron-Bridge"),
+        ({"iteration": 3}, (), "megatron-core"),
+    ],
+)
+def test_the_program_that_wrote_it_is_told_by_what_it_leaves(common, beside, program, tmp_path):
+    write_megatron(tmp_path, SQUARE, common)
+    for name in beside:
+        (tmp_path / name).write_text("model: {}")
+    metadata = opened(tmp_path).metadata
+    assert metadata["writer"].startswith(f"{program}, torch")
+    assert metadata["iteration"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("esm2_tp1", 1), ("esm2_tp2", 2), ("llama_tp1", 1)], ids=str
+)
+def test_what_nemo_2_wrote_is_read_as_torch_reads_it(name, ranks, fixtures_dir):
+    folder = fixtures_dir / "nemo2" / name / "weights"
+    contents = opened(folder)
+    state = {
+        key: torch.empty(stored.shape, dtype=stored.dtype)
+        for key, stored in contents.tensors.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    assert state and all(same_bits(whole(contents, key), state[key]) for key in state)
+    assert contents.metadata["parallel"] == {"tensor": ranks}
+    assert contents.metadata["layout"].endswith(f"by {ranks} rank{'s' if ranks > 1 else ''}")
+    assert contents.metadata["writer"].startswith("NeMo 2")
+    names = contents.metadata["byte_objects"]["names"]
+    assert names and all(name.endswith("._extra_state") for name in names)
+
+
 def test_an_index_per_rank_is_read_as_one(tmp_path):
     whole_index = write_chunks(tmp_path, SQUARE)
     entry = whole_index.state_dict_metadata["w"]
@@ -496,6 +534,41 @@ def test_chunks_that_overlap_or_leave_a_gap_are_corrupt(tmp_path):
         opened(tmp_path)
     write_chunks(tmp_path, {"w": [((0,), torch.ones(3)), ((4,), torch.ones(3))]})
     with pytest.raises(CorruptCheckpoint, match="no chunk holds 3 to 4"):
+        opened(tmp_path)
+
+
+def test_items_that_overlap_are_corrupt(tmp_path):
+    def overlap(metadata: Metadata) -> None:
+        first, second = metadata.storage_data.values()
+        second.relative_path, second.offset = first.relative_path, first.length // 2
+
+    write_chunks(tmp_path, SQUARE, change=overlap)
+    with pytest.raises(CorruptCheckpoint, match="inside another one"):
+        opened(tmp_path)
+
+
+def test_a_chunk_that_torchs_writer_lost_is_said(tmp_path):
+    """Two chunks of a tensor in one safetensors image: the writer keeps the last."""
+    save({"w": torch.ones(2)}, tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata["w"]
+    entry.size, entry.chunks = (
+        torch.Size((4,)),
+        [ChunkStorageMetadata(torch.Size((at,)), torch.Size((2,))) for at in (0, 2)],
+    )
+    (place,) = metadata.storage_data.values()
+    metadata.storage_data = {MetadataIndex("w", torch.Size((at,))): place for at in (0, 2)}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CorruptCheckpoint, match="kept only one of several chunks"):
+        opened(tmp_path)
+
+
+def test_one_list_of_chunks_named_many_times_costs_nothing(tmp_path):
+    chunk = ChunkStorageMetadata(torch.Size((0,)), torch.Size((1,)))
+    entry = TensorStorageMetadata(TensorProperties(), torch.Size((1,)), [chunk] * 5000)
+    metadata = Metadata({f"t{i}": entry for i in range(5000)}, None, {})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CorruptCheckpoint, match="more chunks than the index has room for"):
         opened(tmp_path)
 
 
