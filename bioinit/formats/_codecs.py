@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bioinit.errors import ConfigError
 
 Decode = Callable[[Any, int], Any]
@@ -209,8 +211,8 @@ def _zstd_size(start: bytes) -> int | None:
     return int.from_bytes(field, "little") + (256 if width == 2 else 0) if width else None
 
 
-def _into(decompress: Callable[[Any, Any], Any], data: Any, size: int) -> bytearray:
-    out = bytearray(size)
+def _into(decompress: Callable[[Any, Any], Any], data: Any, size: int) -> Any:
+    out = np.empty(size, np.uint8)  # a bytearray would be filled with zeros first
     decompress(data, out)
     return out
 

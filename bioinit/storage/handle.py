@@ -106,16 +106,19 @@ class Pool:
 
     def open(self, slot: _Slot, path: Path) -> int:
         """A new descriptor for ``slot``, whose lock the caller holds."""
-        self._close_idle(len(self._slots) - self._limit() + 1)
+        self._slots[slot] = None  # counted before it is open: several threads may be here
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            # What else the process has open counts too: go on with fewer.
-            if error.errno not in _TOO_MANY or not self._close_idle(len(self._slots) // 2 + 1):
-                raise
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._slots[slot] = None
-        return descriptor
+            self._close_idle(len(self._slots) - self._limit())
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                # What else the process has open counts too: go on with fewer.
+                if error.errno not in _TOO_MANY or not self._close_idle(len(self._slots) // 2 + 1):
+                    raise
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self._slots.pop(slot, None)
+            raise
 
     def close(self, slot: _Slot) -> None:
         """Close what ``slot`` has open, if anything; nobody reads through it."""
