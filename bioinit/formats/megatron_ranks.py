@@ -78,6 +78,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         # Version 1.0 and later keep a head's queries, keys and values together.
         is_slabbed=said.get("checkpoint_version") == 0,
     )
+    merger.require_weights()
     return Contents(
         tuple(merger.files),
         merger.tensors,

@@ -57,6 +57,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         for name, tensors in parts:
             merger.aside(name, tensors)
         merger.merge(f"{number}.", parts, Rules(table, parts[0][1], hidden=width), remark)
+    merger.require_weights()
     metadata: dict[str, Any] = {
         "writer": _WRITERS[table],
         "parallel": {"tensor": count},
@@ -100,10 +101,11 @@ def _layers(folder: Folder) -> dict[int, list[str]]:
         # Counting as far as there are files, not as far as one of their names says.
         missing = next((n for n in range(count) if n not in layer), None)
         if missing is not None:
+            last = max(found, key=lambda n: max(found[n]))
             raise CorruptCheckpoint(
-                f"{folder.path} lacks layer_{number:02d}-model_{missing:02d}-model_states.pt: "
-                f"other files are of partition {max(numbers)}, so every layer needs partitions 0 "
-                f"to {max(numbers)}. Fetch it, or point at a complete checkpoint."
+                f"{folder.path} lacks layer_{number:02d}-model_{missing:02d}-model_states.pt: it "
+                f"holds {found[last][max(found[last])]}, and every layer needs partition 0 and "
+                "all that follow up to the last. Fetch it, or point at a complete checkpoint."
             )
     return {number: [layer[n] for n in sorted(layer)] for number, layer in sorted(found.items())}
 

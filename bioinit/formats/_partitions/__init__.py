@@ -164,6 +164,14 @@ class Merger:
                 pieces += _cut(part.tensor.pieces, rule.dim, low, low + length, to)
         return StoredTensor(_with(shape, rule.dim, size * count), dtype, tuple(pieces), kind)
 
+    def require_weights(self) -> None:
+        """Raise CorruptCheckpoint if there is not one weight in all the files."""
+        if not any(tensor.kind == "weight" for tensor in self.tensors.values()):
+            raise CorruptCheckpoint(
+                f"{self.where} holds no weights: {len(self.files)} files, the first of them "
+                f"{self.files[0]}, without a model in them. Point at a complete checkpoint."
+            )
+
     def require_same_names(
         self, partitions: Sequence[tuple[str, Mapping[str, StoredTensor]]]
     ) -> None:
