@@ -1,0 +1,151 @@
+"""Every checkpoint of the corpus: one clear error or the right tensors, and nothing else happens.
+
+The checkpoints are written here, and opened by ``driver.py`` in a process of its own in which an
+audit hook watches: no file outside of the checkpoint is opened, none is written, nothing is
+imported, run or connected to. Each must be done in five seconds of computing, with at most twice
+its own size and :data:`ROOM` of Python's memory.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostile.corpus import ANY, GROUPS, Case, canary, cases, made
+from tests.hostile.warm import GOOD
+
+DRIVER = Path(__file__).with_name("driver.py")
+SECONDS = 5
+# Readers work in blocks of fixed sizes, the largest of which is the 16 MiB that `read` reads at
+# once; what a reader allocates because a header says so is a gibibyte or more.
+ROOM = 16 << 20
+# What the allocators of torch and zlib keep is not seen by tracemalloc, and not given back at once.
+ROOM_OF_PROCESS = 96 << 20
+CASES = cases()
+VIOLATIONS = (
+    *("os.system", "eval", "open outside", "write", "os.open for writing", "import", "socket"),
+    *("remove", "mkdir", "list outside", "subprocess"),
+)
+
+
+def drive(plan: dict[str, Any], folder: Path) -> Path:
+    """Run the driver; the file of its results."""
+    manifest, results = folder / "manifest.json", folder / "results.json"
+    manifest.write_text(json.dumps(plan))
+    done = subprocess.run(
+        [sys.executable, DRIVER, manifest, results],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    if done.returncode:
+        last = results.read_text().splitlines()[-1:] if results.exists() else []
+        pytest.fail(f"the driver ended with {done.returncode} after {last}:\n{done.stderr[-4000:]}")
+    return results
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Everything below ``folder``, with sizes and times: what a reader must leave as it is."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        found.append((str(path), status.st_size, status.st_mtime_ns))
+    return found
+
+
+@pytest.fixture(scope="session")
+def outcome(tmp_path_factory) -> Any:
+    """A function that says what came of a case; the driver runs once for each group."""
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def of(case: Case) -> dict[str, Any]:
+        if case.group not in known:
+            known[case.group] = driven(case.group, tmp_path_factory.mktemp(case.group))
+        return known[case.group][case.id]
+
+    return of
+
+
+def driven(group: str, root: Path) -> dict[str, dict[str, Any]]:
+    """Write the cases of a group, open them all, and gather what came of each."""
+    plans, before = [], {}
+    for case in (case for case in CASES if case.group == group):
+        sandbox = root / case.name
+        plans.append(made(case, sandbox))
+        before[case.id] = listing(sandbox)
+    warm = [made(case, root / "warm" / case.name) for case in GOOD]
+    results = drive({"warm": warm, "cases": plans}, root)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {line["id"]: line for line in lines if "begun" not in line}
+    for plan in plans:
+        sandbox = Path(plan["cwd"])
+        result = found[plan["id"]]
+        result["expected"] = plan["tensors"]
+        result["canary"] = canary(sandbox / "ckpt").exists()
+        result["written"] = listing(sandbox) != before[plan["id"]]
+        result["size"] = sum(size for _, size, _ in before[plan["id"]])
+    return found
+
+
+def errors_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from (result[stage] for stage in ("open", "read", "context") if result[stage])
+
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+@each_case
+def test_ends_as_it_should(case, outcome):
+    result = outcome(case)
+    assert not result["violations"], result["violations"]
+    assert not result["canary"], "the payload was run"
+    assert not result["written"], "the checkpoint or something beside it was changed"
+    for error in errors_of(result):
+        assert "BioinitError" in error["kinds"], error
+        assert "ConfigError" not in error["kinds"], error
+    assert result["seconds"] <= SECONDS
+    assert result["peak"] <= 2 * result["size"] + ROOM
+    assert result["rss"] <= 2 * result["size"] + ROOM_OF_PROCESS
+    judge(case, result)
+
+
+def judge(case: Case, result: dict[str, Any]) -> None:
+    """Hold what came of a case against what should."""
+    error = next(errors_of(result), None)
+    if case.kind in ("good", "inert"):
+        assert error is None, error
+    if case.kind == "good" or (case.kind == "sound" and error is None):
+        assert result["expected"] is None or result["tensors"] == result["expected"]
+    if case.kind == "bad":
+        assert error is not None, f"it was read as if it were good: {sorted(result['tensors'])}"
+        if case.context:
+            assert result["context"] is not None, "load_context said nothing"
+    if error is None:
+        return
+    allowed = (case.errors if case.kind == "bad" else f"{case.errors}|{ANY}").split("|")
+    assert set(error["kinds"]) & set(allowed), error
+    if case.kind == "bad":
+        for problem in errors_of(result):
+            assert case.file in problem["message"], problem
+            assert re.search(case.says, problem["message"], re.DOTALL), problem
+
+
+@pytest.mark.parametrize("what", VIOLATIONS)
+def test_the_hook_sees(what, tmp_path):
+    results = drive({"violate": what, "cwd": str(tmp_path)}, tmp_path)
+    assert json.loads(results.read_text())
+
+
+def test_the_corpus_is_large_and_known_by_its_groups():
+    bad = [case for case in CASES if case.kind not in ("good", "inert")]
+    good = [case for case in CASES if case.kind in ("good", "inert")]
+    assert len(bad) >= 250 and len(good) >= 25
+    assert {case.group for case in CASES} == set(GROUPS)
