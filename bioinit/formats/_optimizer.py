@@ -50,6 +50,11 @@ class Lazily:
     def file(self) -> Made:
         """The file."""
         every = list(self.files.values())
+        if not every:
+            raise CorruptCheckpoint(
+                f"{self.items.folder.path} is damaged: its index lists chunks of "
+                f"{self.chunks[0][0]!r}, but no file. Fetch or write the checkpoint again."
+            )
         return Made(
             every[0],
             "optimizer",

@@ -29,6 +29,8 @@ def fault(shape: Dims, spans: Sequence[Span]) -> str | None:
     >>> fault((4, 2), [((0, 0), (3, 2))])
     'no chunk holds 3 to 4 of dim 0 of the part at (0, 0) of size (4, 2)'
     """
+    if len(spans) == 1 and spans[0] == ((0,) * len(shape), shape):
+        return None
     for offsets, sizes in spans:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             return f"the chunk at {offsets} of size {sizes} has other dims than {shape}"

@@ -58,12 +58,13 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     files = _files(folder, index)
     items = Items(folder, open_inner)
     lazily = Lazily(index, items, files)
-    _require_apart(folder, index)
+    weights = {name for name in index.tensors if not is_training_state(name)}
+    _require_apart(folder, index, weights)
     numbers = {name: number for number, name in enumerate(files)}
     tensors: dict[str, StoredTensor] = {}
     unreadable: dict[str, str] = {}
     for name, indexed in index.tensors.items():
-        kind = "optimizer" if is_training_state(name) else "weight"
+        kind = "weight" if name in weights else "optimizer"
         wrong = fault(indexed.shape, indexed.chunks)
         if wrong is not None and kind == "weight":
             raise CorruptCheckpoint(
@@ -138,11 +139,11 @@ def _files(folder: Folder, index: Index) -> dict[str, File]:
     return {path: folder.file(path) for path in wanted}
 
 
-def _require_apart(folder: Folder, index: Index) -> None:
+def _require_apart(folder: Folder, index: Index, weights: set[str]) -> None:
     """Raise if items of weights overlap: no item is then looked at more than once."""
     by_file: dict[str, dict[int, int]] = {}
     for (name, _), (path, offset, length, _) in index.places.items():
-        if name in index.tensors and not is_training_state(name):
+        if name in weights:
             held = by_file.setdefault(path, {})
             held[offset] = min(length, held.get(offset, length))
     for path, held in by_file.items():

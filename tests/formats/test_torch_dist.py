@@ -537,6 +537,13 @@ def test_chunks_that_overlap_or_leave_a_gap_are_corrupt(tmp_path):
         opened(tmp_path)
 
 
+def test_an_index_of_an_optimizer_that_names_no_file_is_corrupt(tmp_path):
+    chunks = {"optimizer.state.x": [((0,), torch.ones(2))]}
+    write_chunks(tmp_path, chunks, change=lambda metadata: metadata.storage_data.clear())
+    with pytest.raises(CorruptCheckpoint, match="but no file"):
+        opened(tmp_path)
+
+
 def test_items_that_overlap_are_corrupt(tmp_path):
     def overlap(metadata: Metadata) -> None:
         first, second = metadata.storage_data.values()
