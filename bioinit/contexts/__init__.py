@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bioinit import formats
-from bioinit.contexts._subpath import at
+from bioinit.contexts import _subpath
 from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
-from bioinit.errors import ConfigError, RefusedCheckpoint, StorageError, UnknownFormat
+from bioinit.errors import RefusedCheckpoint, StorageError, UnknownFormat
 from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
@@ -101,7 +101,7 @@ def load_context(path: str | Path, subpath: str | None = None) -> Any:
             f"{folder.path} holds no saved config. Known kinds: {', '.join(names())}. "
             "Point at the folder in which config.json or context/ lies."
         )
-    return at(context, subpath)
+    return _subpath.at(context, subpath)
 
 
 def _local(path: str | Path) -> Folder:

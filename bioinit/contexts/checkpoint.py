@@ -134,7 +134,14 @@ class Checkpoint:
             )
         offsets, sizes = region or ((0,) * len(tensor.shape), tensor.shape)
         _require_inside(name, tensor.shape, offsets, sizes)
-        result = torch.empty(sizes, dtype=tensor.dtype)
+        try:
+            result = torch.empty(sizes, dtype=tensor.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise CorruptCheckpoint(
+                f"{self.path}: {numel(tuple(sizes)) * tensor.dtype.itemsize} bytes of {name!r}, "
+                f"which is said to be {tensor.dtype} {list(tensor.shape)}, do not fit into memory. "
+                "Read a region of it, or fetch the checkpoint again if it cannot be that large."
+            ) from error
         target = Box(tuple(offsets), tuple(sizes), 0, row_major(tuple(sizes)))
         filled = sum(self._fill(result, piece, target) for piece in tensor.pieces)
         if filled < numel(target.sizes):

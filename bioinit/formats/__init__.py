@@ -132,9 +132,11 @@ def _require_text(folder: Folder, contents: Contents) -> None:
     try:
         "".join(contents.tensors).encode("utf-8")
     except UnicodeEncodeError as error:
+        files = ", ".join(str(file) for file in contents.files[:4])
+        half = error.object[error.start : error.end]
         raise CorruptCheckpoint(
-            f"{folder.path} names a tensor {error.object[error.start : error.end]!r} or longer, "
-            "which is no text. Fetch or write it again."
+            f"{folder.path} ({files}) names a tensor {half!r} or longer, which is no text. Fetch "
+            "or write it again."
         ) from error
 
 

@@ -96,6 +96,8 @@ def _read_header(file: File) -> tuple[tuple[tuple[str, Any], ...], int]:
             "it is truncated",
         )
     data = file.read(LENGTH_BYTES, length)
+    if not data.startswith(b"{"):
+        _corrupt(file, f"its header begins with {data[:8]!r}, and should with '{{'")
     # Lists of lists, which no header needs, take fifty times their bytes once they are parsed.
     nested = length > LARGE_HEADER_BYTES and _NESTED.search(data) is not None
     if nested and _NESTED.search(_TEXTS.sub(b"", data)):  # brackets may stand in texts

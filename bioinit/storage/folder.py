@@ -6,6 +6,7 @@ checkpoint gives are followed only inside the folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -261,13 +262,23 @@ class Folder:
             else:
                 try:
                     with os.scandir(self.path) as entries:
-                        kinds = [(entry.name, entry.is_dir(), entry.is_file()) for entry in entries]
+                        kinds = [(entry.name, *_kind(entry)) for entry in entries]
                 except OSError as error:
                     raise disk_error(error, f"list {self.path}") from error
                 self._entries = {
                     name: is_dir for name, is_dir, is_file in kinds if is_dir or is_file
                 }
         return self._entries
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether it is a file; a link that leads in circles is neither."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False, False
 
 
 def _stays_inside(name: str) -> bool:

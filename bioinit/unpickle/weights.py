@@ -31,6 +31,9 @@ MOST = 1 << 63
 MOST_DIMS = 64
 MOST_STEPS = 5_000_000
 LETTERS_PER_STEP = 64
+MOST_REPEATS = 1000
+LARGEST_REPEATED = 64 << 20
+"""Strides of 0 make a tensor of a few stored numbers; beyond this it was made to fill memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Placing:
         self.storages = storages
         self.where = where
         # Many tensors have the same shape and strides: their box is worked out and checked once.
-        self.known: dict[tuple[Any, Any], tuple[Box, int]] = {}
+        self.known: dict[tuple[Any, Any], tuple[Box, int, int]] = {}
 
     def place(self, name: str, ref: TensorRef) -> Place:
         """Where the tensor called ``name`` lies.
@@ -92,7 +95,7 @@ class Placing:
                 known = self.known[size, stride] = self._measure(name, size, stride)
         except TypeError:
             self._corrupt(name, "has sizes and strides that cannot be")
-        box, reach = known
+        box, reach, elements = known
         item = dtype.itemsize
         if storage.view is not None:
             skipped, length = storage.view
@@ -109,10 +112,12 @@ class Placing:
                 f"takes {reach} elements of {item} bytes from element {offset} on, but its "
                 f"storage {storage.key!r} has {held} bytes",
             )
+        if reach * MOST_REPEATS < elements and elements * item > LARGEST_REPEATED:
+            self._corrupt(name, f"repeats {reach} stored elements as {elements}")
         return Place(box.sizes, dtype, first + offset * item, box)
 
-    def _measure(self, name: str, size: Any, stride: Any) -> tuple[Box, int]:
-        """The box of these sizes and strides, and how many elements it reaches over."""
+    def _measure(self, name: str, size: Any, stride: Any) -> tuple[Box, int, int]:
+        """The box of these sizes and strides, how many elements it reaches over, and has."""
         whole = type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
         if not whole or not all(type(n) is int and 0 <= n < MOST for n in (*size, *stride)):
             raise TypeError("sizes and strides are not numbers")
@@ -121,12 +126,12 @@ class Placing:
         if numel(tuple(n for n in size if n)) >= MOST:
             raise TypeError("more elements than there can be")
         if 0 in size:
-            return Box.contiguous(size), 0
+            return Box.contiguous(size), 0, 0
         reach = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         # The stride of a dim of size 1 means nothing, and torch writes any number there.
         usual = row_major(size)
         steps = tuple(u if n == 1 else s for n, s, u in zip(size, stride, usual, strict=True))
-        return Box((0,) * len(size), size, 0, steps), reach
+        return Box((0,) * len(size), size, 0, steps), reach, numel(size)
 
     def _corrupt(self, name: str, what: str) -> NoReturn:
         raise CorruptCheckpoint(

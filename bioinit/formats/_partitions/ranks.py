@@ -57,7 +57,7 @@ def layout(where: Path, ranks: Sequence[Rank], said: Mapping[str, int]) -> Layou
             "Remove those that do not belong there."
         )
     is_expert = lengths == {2} and _second_is_expert(ranks, said)
-    placed = {}
+    placed: dict[tuple[int, int, int], Rank] = {}
     for rank in ranks:
         tensor, *others = rank.numbers
         pipeline, expert = (0, 0)
