@@ -22,6 +22,7 @@ MOST = 1 << 63
 SMALLEST_CHUNK = 16
 """Bytes that a chunk takes in an index, at the very least."""
 
+_PLANS = (b"X\x0f\x00\x00\x00all_local_plans", b"\x8c\x0fall_local_plans")
 CLASS_WORDS = (b"torch.distributed.checkpoint", b"torch.distributed._shard.checkpoint")
 
 
@@ -60,7 +61,6 @@ class Index:
     objects: list[str] = field(default_factory=list)
     places: dict[tuple[str, Dims | None], Place] = field(default_factory=dict)
     version: str | None = None
-    ranks: int | None = None
     room: int = 0
     """How many more chunks there can be: a pickle can name one list of them many times."""
 
@@ -88,13 +88,13 @@ def read_index(file: File, into: Index) -> None:
         CorruptCheckpoint: it contradicts itself, or is no index.
     """
     data = file.read(0, file.size)
-    value = load(data, where=str(file), symbols=_TABLE)
+    value = _without_plans(data, str(file))
+    if value is None:
+        value = load(data, where=str(file), symbols=_TABLE)
     into.room += len(data) // SMALLEST_CHUNK
     state = _state(file, value)
     version = state.get("version")
     into.version = version if type(version) is str else into.version
-    plans = state.get("all_local_plans")
-    into.ranks = len(plans) if type(plans) is list else into.ranks
     for name, entry in _mapping(file, state, "state_dict_metadata").items():
         if type(name) is not str:
             _corrupt(file, f"it names a tensor by a {type(name).__name__}")
@@ -107,6 +107,23 @@ def read_index(file: File, into: Index) -> None:
         _corrupt(file, f"its storage_data are a {type(stored).__name__}, not a table of places")
     _add_places(file, into, stored)
     _note_reshaped(state.get("mcore_data"), into)
+
+
+def _without_plans(data: bytes, where: str) -> Any:
+    """The index without what Megatron appends to it, half of it all, which only a saver needs.
+
+    None if there is no such part, or it is not the last one.
+    """
+    starts = [at for key in _PLANS if (at := data.find(key)) > 0]
+    if not starts:
+        return None
+    try:
+        # Its attributes end here: put them into their dict, hand that to the object, stop.
+        value = load(data[: min(starts)] + b"ub.", where=where, symbols=_TABLE)
+    except (CorruptCheckpoint, RefusedCheckpoint):
+        return None
+    state = value.state if type(value) is Opaque else None
+    return value if type(state) is dict and type(state.get("storage_data")) is dict else None
 
 
 def _add_tensor(file: File, into: Index, name: str, entry: Any) -> None:

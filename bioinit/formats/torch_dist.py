@@ -195,7 +195,7 @@ def _pieces(
 def _describe(
     folder: Folder, index: Index, files: dict[str, File], tensors: dict[str, StoredTensor]
 ) -> dict[str, Any]:
-    ranks = index.ranks or len(_ranks(files))
+    ranks = len(_ranks(files))
     many = f"{len(files)} files" if len(files) != 1 else "1 file"
     layout = f"{many} by {ranks} rank{'s' if ranks != 1 else ''}" if ranks else many
     metadata: dict[str, Any] = {"layout": layout}

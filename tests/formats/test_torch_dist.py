@@ -394,6 +394,26 @@ def test_an_index_per_rank_is_read_as_one(tmp_path):
     assert same_bits(whole(contents, "w"), torch.cat([t for _, t in SQUARE["w"]]))
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("place", ["last", "first", "in a name"])
+def test_the_plans_that_megatron_appends_are_passed_over_wherever_they_are(
+    protocol, place, tmp_path
+):
+    def add_plans(metadata: Metadata) -> None:
+        plans = [[MetadataIndex("w", (0, 0))] * 3]
+        before = dict(metadata.__dict__)
+        if place == "first":
+            metadata.__dict__.clear()
+        metadata.all_local_plans = plans
+        metadata.__dict__.update(before)
+        if place == "in a name":
+            metadata.state_dict_metadata["all_local_plans"] = BytesStorageMetadata()
+
+    index = write_chunks(tmp_path, SQUARE, change=add_plans)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index, protocol=protocol))
+    assert same_bits(whole(opened(tmp_path), "w"), torch.cat([t for _, t in SQUARE["w"]]))
+
+
 def test_an_index_of_old_torch_is_read(tmp_path):
     def age(metadata: Metadata) -> None:
         for name in ("storage_meta", "version"):
