@@ -47,7 +47,7 @@ _OTHERS = (
 def open_weights(folder: Folder) -> tuple[str, Contents]:
     """The name of the format that recognizes ``folder``, and what it found from headers alone.
 
-    An index file, or one shard of a numbered set, stands for the directory it lies in.
+    An index file, or one part of several, stands for the directory it lies in.
 
     Raises:
         UnknownFormat: no format recognizes it.
@@ -59,6 +59,8 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
         with collector.paused():
             found = _open_directory(around, pointed_at=folder.names()[0])
         return found[0], _checked(folder, found[1], _homes.homes(folder))
+    if around is not None and (ranks := _homes.whole(around)) is not around:
+        return _open(ranks)
     return _open(folder)
 
 

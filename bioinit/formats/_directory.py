@@ -21,6 +21,7 @@ SAFE = "safetensors"
 _SUFFIX = r"\.(?P<suffix>safetensors|bin|pt|pth|ckpt)"
 _WEIGHTS = re.compile(rf"(?P<stem>.+?)(-(?P<number>\d{{1,6}})-of-(?P<total>\d{{1,6}}))?{_SUFFIX}")
 _INDEX = re.compile(rf"(?P<stem>.+){_SUFFIX}\.index\.json")
+_PART = re.compile(r"(layer_\d+-model_\d+-|mp_rank_\d+_)model_states\.pt")
 _NOT_WEIGHTS = re.compile(
     r"training_args|(.*_)?optimizer.*|(lr_)?scheduler.*|rng_state.*|random_states.*|scaler.*"
     r"|sampler.*|dl_state_dict.*|trainer_state|.*optim_states|adapter_.*|tokenizer.*|common"
@@ -63,7 +64,7 @@ class Chosen:
 
 def stands_for_directory(name: str) -> bool:
     """Whether a person who points at the file ``name`` means the set of files around it."""
-    if _INDEX.fullmatch(name):
+    if _INDEX.fullmatch(name) or _PART.fullmatch(name):
         return True
     found = _WEIGHTS.fullmatch(name)
     if found is None or _NOT_WEIGHTS.fullmatch(found["stem"]):

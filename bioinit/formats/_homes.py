@@ -20,6 +20,7 @@ _MARKS = ("metadata.json", ".metadata", "common.pt")
 _ARRAY = ".zarray"
 _NEMO_1 = "model_config.yaml"
 _STEP = re.compile(r"iter_\d+|global_step\d+|release")
+_RANK = re.compile(r"(mp|tp)_rank_\d+(_.+)?")
 _UNFINISHED = "-unfinished"
 LONGEST_POINTER = 4096
 DEEPEST = 8
@@ -37,11 +38,11 @@ def homes(folder: Folder) -> tuple[Folder, ...]:
     """
     if folder.is_file:
         return (folder,) if folder.around is None else (folder.around,)
-    way = [folder]
+    way = [whole(folder)]
     while len(way) < DEEPEST and (inner := _step(way[-1])) is not None:
         way.append(inner)
-    above = folder.parent
-    if above is not None and (folder.path.name in WRAPPED or _STEP.fullmatch(folder.path.name)):
+    above, name = way[0].parent, way[0].path.name
+    if above is not None and (name in WRAPPED or _STEP.fullmatch(name)):
         way.insert(0, above)
     for home in way:
         if home.has_sibling(home.path.name + _UNFINISHED):
@@ -51,6 +52,12 @@ def homes(folder: Folder) -> tuple[Folder, ...]:
                 "you know that this one is whole, remove that marker."
             )
     return tuple(reversed(way))
+
+
+def whole(folder: Folder) -> Folder:
+    """The folder of all ranks, for that of one rank, which holds a part of every tensor."""
+    above = folder.parent
+    return above if above is not None and _RANK.fullmatch(folder.path.name) else folder
 
 
 def _step(folder: Folder) -> Folder | None:
