@@ -155,11 +155,17 @@ def _only(folder: Folder, fitting: list[str]) -> str:
     return fitting[0]
 
 
+def _looked_for() -> str:
+    """What each format is recognized by."""
+    known = ((name, found.marks) for name, found in SIBLINGS.usable())
+    return "; ".join(f"{name} ({marks})" if marks else name for name, marks in known)
+
+
 def _raise_unknown_file(file: File, start: bytes) -> NoReturn:
     hints = [hint for word, hint in _OTHERS if start.startswith(word)]
     raise UnknownFormat(
-        f"no format recognizes {file} ({file.size} bytes, beginning with {start[:16]!r}). Known "
-        f"formats: {', '.join(names())}. "
+        f"no format recognizes {file} ({file.size} bytes, beginning with {start[:16]!r}). "
+        f"Looked for: {_looked_for()}. "
         + (hints[0] if hints else "Check the path, or fetch or write the file again.")
     )
 
@@ -176,6 +182,6 @@ def _raise_unknown_directory(folder: Folder) -> NoReturn:
     if inner:
         cure = f"Point at the folder inside it that holds the weights: {' or '.join(inner[:4])}"
     raise UnknownFormat(
-        f"no format recognizes the directory {folder.path}, which holds {shown}. Known formats: "
-        f"{', '.join(names())}. {cure}"
+        f"no format recognizes the directory {folder.path}, which holds {shown}. Looked for: "
+        f"{_looked_for()}. {cure}"
     )

@@ -151,4 +151,4 @@ def _parallel(count: int, found: Mapping[str, Any]) -> dict[str, int]:
     return {"tensor": count, **({"data": data} if type(data) is int else {})}
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="mp_rank_*_model_states.pt")

@@ -124,4 +124,4 @@ def _merged(folder: Folder, key: str, held: list[tuple[File, StoredTensor, Piece
     return StoredTensor(shape, first.dtype, kept or pieces[:1])
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="shard-*-model-*.safetensors")

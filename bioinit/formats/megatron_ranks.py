@@ -185,4 +185,4 @@ def _metadata(
     return found
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="mp_rank_*/ or tp_rank_*_pp_rank_*/")

@@ -120,4 +120,4 @@ def _version(config: File) -> str:
     return f", nemo_version {version[1].decode()}" if version else ""
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, unpack=_unpack)
+FORMAT = Format(recognizes=_recognizes, open=_open, unpack=_unpack, marks="*.nemo, or one unpacked")

@@ -159,4 +159,4 @@ def _doubt(folder: Folder) -> str:
     return ""
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="layer_*-model_*-model_states.pt")

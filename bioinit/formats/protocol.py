@@ -74,9 +74,11 @@ class Format:
 
     ``recognizes`` must be cheap (names and the first bytes of at most one file) and never raise on
     foreign input. ``open`` reads headers only and raises ``CheckpointError`` with the cure.
-    ``unpack``, for an archive, gives its members as a folder.
+    ``unpack``, for an archive, gives its members as a folder. ``marks`` tells people in a few words
+    what it is recognized by.
     """
 
     recognizes: Callable[[Folder], bool]
     open: Callable[[Folder, Open], Contents]
     unpack: Callable[[Folder], Folder] | None = None
+    marks: str = ""

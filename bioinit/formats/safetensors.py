@@ -241,4 +241,4 @@ def _corrupt(file: File, what: str) -> NoReturn:
     raise CorruptCheckpoint(f"{file} is damaged: {what}. Fetch or write it again.")
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="*.safetensors")

@@ -213,4 +213,4 @@ def _ranks(files: Iterable[str]) -> set[str]:
     return {found[1] for name in files if (found := RANK_FILE.fullmatch(name))}
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks=".metadata with *.distcp")

@@ -144,4 +144,4 @@ def _storages(
     return storages
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="the same, of torch before 1.6")

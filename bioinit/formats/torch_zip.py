@@ -100,4 +100,8 @@ def _storages(
     return storages
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(
+    recognizes=_recognizes,
+    open=_open,
+    marks="*.bin, *.pt, *.pth or *.ckpt of torch.save",
+)

@@ -353,4 +353,4 @@ def _decode(file: File, codecs: Chain) -> memoryview:
         corrupt(file, f"it cannot be decoded ({error})", error)
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open)
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="folders with .zarray")
