@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,32 +214,57 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {"id": case["id"], **found}
 
 
-def violate(what: str) -> list[str]:
-    """Do on purpose what the hook must see. The proof that it can fail."""
+def violate(wanted: list[str]) -> dict[str, list[str]]:
+    """Do on purpose what the hook must see: the proof that it can fail."""
+    import ctypes
     import pickle
+    import socket
+    import subprocess
+    import tempfile
 
-    tried = {
+    Path("there").touch()
+    Path("link").symlink_to("/etc/passwd")
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    def connect() -> None:
+        with socket.socket() as end:
+            end.connect_ex(("127.0.0.1", 9))
+
+    ways: dict[str, Callable[[], object]] = {
         "os.system": lambda: pickle.loads(b"cposix\nsystem\n(S'true'\ntR."),
-        "eval": lambda: pickle.loads(b"cbuiltins\neval\n(S'1+1'\ntR."),
+        "eval": lambda: eval("1 + 1"),
         "open outside": lambda: open("/etc/passwd").close(),
         "write": lambda: open("written", "w").close(),
         "os.open for writing": lambda: os.close(os.open("written", os.O_RDWR | os.O_CREAT)),
         "import": lambda: __import__("wave"),
-        "socket": lambda: __import__("socket").socket().close(),
+        "socket": lambda: socket.socket().close(),
+        "connect": connect,
         "remove": lambda: os.remove("there"),
         "mkdir": lambda: os.mkdir("made"),
+        "rename": lambda: os.rename("written", "renamed"),
+        "symlink": lambda: os.symlink("x", "symlink"),
+        "chmod": lambda: os.chmod("renamed", 0o600),
+        "truncate": lambda: os.truncate("renamed", 0),
         "list outside": lambda: os.listdir("/etc"),
-        "subprocess": lambda: __import__("subprocess").run(["true"], check=False),
+        "subprocess": lambda: subprocess.run(["true"], check=False),
+        "fork": fork,
+        "dlopen": lambda: ctypes.CDLL(None),
+        "find_class": lambda: pickle.loads(b"cbuiltins\nlist\n."),
+        "temporary file": lambda: tempfile.mkdtemp(dir="."),
+        "read through a link": lambda: open("link").close(),
     }
-    import socket
-    import subprocess
-
-    assert socket and subprocess  # their import is none of the violations
-    Path("there").touch()
-    WATCH.begin([os.getcwd()], os.getcwd())
-    tried[what]()
-    WATCH.on = False
-    return WATCH.violations
+    found = {}
+    for what in wanted:
+        WATCH.begin([os.getcwd()], os.getcwd())
+        ways[what]()
+        WATCH.on = False
+        found[what] = list(WATCH.violations)
+    return found
 
 
 def main(manifest: str, results: str) -> None:
@@ -253,7 +279,7 @@ def main(manifest: str, results: str) -> None:
     if "violate" in plan:
         os.chdir(plan["cwd"])
         sys.addaudithook(WATCH)
-        Path(results).write_text(json.dumps(violate(plan["violate"])))
+        Path(results).write_text(json.dumps(violate(list(plan["violate"]))))
         return
     for case in plan["warm"]:
         os.chdir(case["cwd"])

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,36 @@ ROOM = 16 << 20
 # What the allocators of torch and zlib keep is not seen by tracemalloc, and not given back at once.
 ROOM_OF_PROCESS = 96 << 20
 CASES = cases()
-VIOLATIONS = (
-    *("os.system", "eval", "open outside", "write", "os.open for writing", "import", "socket"),
-    *("remove", "mkdir", "list outside", "subprocess"),
+# To import torch takes longer than to open a hundred checkpoints.
+BATCHES = (
+    ("safetensors", "sharded", "torch_zip", "torch_legacy", "paths"),
+    ("pickles", "contexts"),
+    ("torch_dist", "hf_dcp", "zarr", "nemo", "partitions"),
+    ("generic",),
 )
+VIOLATIONS = {  # and what the hook has to say of each
+    "os.system": "os.system",
+    "eval": "exec",
+    "open outside": "outside",
+    "write": "for writing",
+    "os.open for writing": "for writing",
+    "import": "wave",
+    "socket": "socket.",
+    "connect": "socket.connect",
+    "remove": "os.remove",
+    "mkdir": "os.mkdir",
+    "rename": "os.rename",
+    "symlink": "os.symlink",
+    "chmod": "os.chmod",
+    "truncate": "os.truncate",
+    "list outside": "os.listdir",
+    "subprocess": "subprocess.Popen",
+    "fork": "os.fork",
+    "dlopen": "ctypes.dlopen",
+    "find_class": "pickle.find_class",
+    "temporary file": "tempfile.",
+    "read through a link": "outside",
+}
 
 
 def drive(plan: dict[str, Any], folder: Path) -> Path:
@@ -63,22 +89,23 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 
 @pytest.fixture(scope="session")
 def outcome(tmp_path_factory) -> Any:
-    """A function that says what came of a case; the driver runs once for each group."""
-    known: dict[str, dict[str, dict[str, Any]]] = {}
+    """A function that says what came of a case; the driver runs once for a few groups."""
+    known: dict[str, dict[str, Any]] = {}
 
     def of(case: Case) -> dict[str, Any]:
-        if case.group not in known:
-            known[case.group] = driven(case.group, tmp_path_factory.mktemp(case.group))
-        return known[case.group][case.id]
+        if case.id not in known:
+            (groups,) = (batch for batch in BATCHES if case.group in batch)
+            known.update(driven(groups, tmp_path_factory.mktemp(groups[0])))
+        return known[case.id]
 
     return of
 
 
-def driven(group: str, root: Path) -> dict[str, dict[str, Any]]:
-    """Write the cases of a group, open them all, and gather what came of each."""
+def driven(groups: Sequence[str], root: Path) -> dict[str, dict[str, Any]]:
+    """Write the cases of some groups, open them all, and gather what came of each."""
     plans, before = [], {}
-    for case in (case for case in CASES if case.group == group):
-        sandbox = root / case.name
+    for case in (case for case in CASES if case.group in groups):
+        sandbox = root / case.group / case.name
         plans.append(made(case, sandbox))
         before[case.id] = listing(sandbox)
     warm = [made(case, root / "warm" / case.name) for case in GOOD]
@@ -138,14 +165,23 @@ def judge(case: Case, result: dict[str, Any]) -> None:
             assert re.search(case.says, problem["message"], re.DOTALL), problem
 
 
+@pytest.fixture(scope="session")
+def violations(tmp_path_factory) -> dict[str, list[str]]:
+    """What the hook wrote down while each of them was done on purpose."""
+    folder = tmp_path_factory.mktemp("violations")
+    results = drive({"violate": VIOLATIONS, "cwd": str(folder)}, folder)
+    found: dict[str, list[str]] = json.loads(results.read_text())
+    return found
+
+
 @pytest.mark.parametrize("what", VIOLATIONS)
-def test_the_hook_sees(what, tmp_path):
-    results = drive({"violate": what, "cwd": str(tmp_path)}, tmp_path)
-    assert json.loads(results.read_text())
+def test_the_hook_sees(what, violations):
+    assert any(VIOLATIONS[what] in line for line in violations[what]), violations
 
 
 def test_the_corpus_is_large_and_known_by_its_groups():
     bad = [case for case in CASES if case.kind not in ("good", "inert")]
     good = [case for case in CASES if case.kind in ("good", "inert")]
     assert len(bad) >= 250 and len(good) >= 25
+    assert {case.group for case in CASES} == {name for batch in BATCHES for name in batch}
     assert {case.group for case in CASES} == set(GROUPS)
