@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickletools
+import re
 import struct
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from tests.fuzz.choices import Choices
 from tests.fuzz.trees import TEXTS, spoil_json
 
+LARGE = 1 << 17
 WIDE = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
 
 
@@ -104,6 +106,10 @@ def _number_op(number: int) -> bytes:
 
 def spoil_pickle(data: bytes, choices: Choices) -> bytes:
     ops = list(_cut_ops(data))
+    if choices.hardly() and len(data) < LARGE:
+        at = choices.below(len(ops))
+        part = ops[at : at + 1 + choices.below(24)]
+        ops[at:at] = part * min(choices.pick((3000, 300)), (1 << 20) // len(b"".join(part)))
     for _ in range(1 + choices.below(4)):
         at = choices.below(len(ops))
         action = choices.below(8)
@@ -218,6 +224,9 @@ def spoil_zip(data: bytes, choices: Choices) -> bytes:
             members[at] = members[at]._replace(flags=1)
         else:
             members.insert(0, members.pop(at))
+    if members and choices.hardly() and len(data) < LARGE:
+        name, content, *_ = members[min(at, len(members) - 1)]
+        members += [Member(b"%s%d" % (name, number), content[:10]) for number in range(3000)]
     made = zipped(members, zip64=choices.byte() % 4 == 1)
     return spoil_bytes(made, choices) if action == 7 or choices.rarely() else made
 
@@ -295,13 +304,18 @@ def tarred(files: dict[str, bytes]) -> bytes:
 
 def spoil_tar(data: bytes, choices: Choices) -> bytes:
     heads, at = [], 0
-    while at + 512 <= len(data) and data[at] and data[at + 124 : at + 135].isdigit():
+    while at + 512 <= len(data) and re.fullmatch(rb"[0-7]{11}", data[at + 124 : at + 135]):
         heads.append(at)
         at += 512 + -(-int(data[at + 124 : at + 135], 8) // 512) * 512
     if not heads:
         return spoil_bytes(data, choices)
     at = choices.pick(heads)
     end = next((start for start in heads if start > at), at)
+    if choices.hardly() and len(data) < LARGE:
+        kind = choices.pick((b"0", b"x", b"L", b"5", b"g"))
+        name = choices.pick((b"%d", b"a/%d/c", b"same"))
+        names = [name % number if b"%" in name else name for number in range(2000)]
+        return data[:at] + b"".join(_header(one, 0, kind) for one in names) + data[at:]
     action = choices.below(6)
     if action in (0, 1):
         begin, size = FIELDS[choices.pick(tuple(FIELDS))]

@@ -34,6 +34,7 @@ def spoil_file(name: str, data: bytes, choices: Choices) -> bytes:
     return next(spoil for kind, spoil in KINDS if re.fullmatch(kind, name))(data, choices)
 
 
+MANY = 100
 STRAY = (
     "config.json", "latest", "model.safetensors", "pytorch_model.bin", "common.pt", ".metadata",
     "metadata.json", "context/io.json", "weights/.metadata", "model_config.yaml", "run_config.yaml",
@@ -50,6 +51,9 @@ def spoil(case: Case, choices: Choices) -> Case:
     case = dict(case)
     names = sorted(case)
     name = choices.pick(names)
+    if choices.hardly() and (groups := list(re.finditer(r"\d+", name))):
+        begin, end = choices.pick(groups).span()
+        return {**case, **{f"{name[:begin]}{n}{name[end:]}": case[name] for n in range(MANY)}}
     action = choices.below(16)
     if action < 11:
         case[name] = spoil_file(name, case[name], choices)

@@ -40,6 +40,10 @@ class Choices:
         """True once in about ten times."""
         return self.byte() >= 230
 
+    def hardly(self) -> bool:
+        """True once in about thirty times: for changes that make the input large."""
+        return self.byte() >= 248
+
     def some(self, size: int) -> bytes:
         """The next ``size`` bytes, or fewer."""
         found = self.data[self.position : self.position + size]

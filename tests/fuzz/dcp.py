@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from tests.fuzz import binary
 from tests.fuzz.choices import Choices
 
+MANY = 4000
 ODD = (
     None, True, 0, 1, -1, 2, 3, 7, 2**31, 2**62, 2**63, 2**64, -(2**63), 0.5, float("nan"),
     float("inf"),
@@ -121,11 +122,45 @@ def _values(root: Any) -> list[Any]:
     return found
 
 
+def _swell(root: Any, choices: Choices) -> None:
+    """Thousands of chunks, entries or places: whole rows, crosswise, or all the same."""
+    names = [n for n, entry in root.state_dict_metadata.items() if getattr(entry, "chunks", None)]
+    name = choices.pick(names)
+    entry = root.state_dict_metadata[name]
+    action = choices.below(5)
+    if action == 0:
+        entry.chunks *= MANY
+    elif action == 1:
+        root.state_dict_metadata.update({f"{name}{n}": entry for n in range(MANY)})
+    elif action == 2:
+        key, place = next(iter(root.storage_data.items()))
+        more = {index.MetadataIndex(key.fqn, torch.Size([n])): place for n in range(MANY)}
+        root.storage_data.update(more)
+    else:
+        side = 70 if action == 3 else MANY
+        dims = (side, side) if action == 3 else (side,)
+        entry.size = torch.Size(dims)
+        spots = (
+            [(a, b) for a in range(side) for b in range(side)]
+            if action == 3
+            else [(a,) for a in range(side)]
+        )
+        one = torch.Size([1] * len(dims))
+        entry.chunks = [index.ChunkStorageMetadata(torch.Size(at), one) for at in spots]
+        if choices.byte() % 2:
+            place = next(iter(root.storage_data.values()))
+            more = {index.MetadataIndex(name, torch.Size(at)): place for at in spots}
+            root.storage_data.update(more)
+
+
 def spoil_index(data: bytes, choices: Choices) -> bytes:
     if choices.byte() % 4 == 3:
         return binary.spoil_pickle(data, choices)
     try:
         root = pickle.loads(data)
+        if choices.hardly():
+            _swell(root, choices)
+            return pickle.dumps(root)
         values = _values(root)
         for _ in range(1 + choices.below(2)):
             put = choices.pick(_spots(root))

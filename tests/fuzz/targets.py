@@ -24,7 +24,6 @@ from tests.fuzz.cases import Case
 from tests.fuzz.changes import Spoil
 from tests.fuzz.choices import Choices
 
-INPUT = "input"
 MOST_SPOILS = 3
 
 
@@ -34,6 +33,7 @@ class Parser(NamedTuple):
     call: Callable[[Path], object]
     seeds: Callable[[], list[bytes]]
     spoil: Spoil
+    name: str = "input"
 
 
 def _parse_pickle(path: Path) -> None:
@@ -89,6 +89,12 @@ PARSERS = {
         _list_tar, lambda: [gzip.compress(_tars()[0], 1, mtime=0)], binary.spoil_gzip
     ),
     "pickle": Parser(_parse_pickle, _pickles, binary.spoil_pickle),
+    "safetensors": Parser(
+        lambda path: formats.open_weights(Folder.at(path)),
+        lambda: [cases.valid("hub")[0]["model.safetensors"]],
+        binary.spoil_safetensors,
+        "model.safetensors",
+    ),
     "tar": Parser(_list_tar, _tars, binary.spoil_tar),
     "yaml": Parser(
         _parse_yaml,
@@ -115,12 +121,12 @@ def case_of(target: str, data: bytes) -> Case:
     if target not in PARSERS:
         return changes.build(target, Choices(data))
     if data[:1] and data[0] % 2:
-        return {INPUT: data[1:]}
+        return {PARSERS[target].name: data[1:]}
     choices = Choices(data[1:])
     found = choices.pick(seeds(target))
     for _ in range(choices.pick((0, 1, 1, 1, 1, 2, 2, MOST_SPOILS))):
         found = PARSERS[target].spoil(found, choices)
-    return {INPUT: found}
+    return {PARSERS[target].name: found}
 
 
 def check(target: str, case: Case, folder: Path) -> None:
@@ -129,8 +135,9 @@ def check(target: str, case: Case, folder: Path) -> None:
         watch.open_all(case, folder)
         return
     watch.lay_out(case, folder)
-    with watch.watched(folder.parent, len(case[INPUT])):
-        PARSERS[target].call(folder / INPUT)
+    (name,) = case
+    with watch.watched(folder.parent, len(case[name])):
+        PARSERS[target].call(folder / name)
 
 
 def decisions(target: str, number: int) -> bytes:
@@ -159,9 +166,10 @@ def warm_up(folder: Path) -> list[str]:
     for target in NAMES:
         try:
             if target in PARSERS:
+                name = PARSERS[target].name
                 for data in seeds(target):
-                    watch.lay_out({INPUT: data}, folder)
-                    PARSERS[target].call(folder / INPUT)
+                    watch.lay_out({name: data}, folder)
+                    PARSERS[target].call(folder / name)
                 continue
             for case in cases.valid(target):
                 watch.open_valid(case, folder)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tests.fuzz.choices import Choices
 
+MANY = 5000
+
 
 class Raw(str):
     """A piece of JSON text that is written as it is."""
@@ -123,8 +125,11 @@ def spoil(tree: Any, choices: Choices) -> Any:
     if not places:
         return hostile(choices)
     here, key = choices.pick(places)
-    action = choices.below(8)
     value = here[key]
+    if choices.hardly() and len(places) < MANY:
+        swell(here, key)
+        return tree
+    action = choices.below(8)
     if action in (0, 1):
         here[key] = hostile(choices)
     elif action == 2:
@@ -147,6 +152,15 @@ def spoil(tree: Any, choices: Choices) -> Any:
     else:
         return hostile(choices) if choices.rarely() else Twice(tree) if type(tree) is dict else tree
     return tree
+
+
+def swell(here: Any, key: Any) -> None:
+    """Thousands of entries like one that is there, to find what takes quadratic time."""
+    value = here[key]
+    if isinstance(here, dict):
+        here.update({f"{key}{number}": value for number in range(MANY)})
+    else:
+        here.extend([value] * MANY)
 
 
 def json_text(tree: Any) -> str:
@@ -173,7 +187,10 @@ def spoil_json(data: bytes, choices: Choices) -> bytes:
     for _ in range(1 + choices.below(3)):
         if isinstance(tree, dict | list):
             tree = spoil(tree, choices)
-    return json_text(tree).encode("utf-8", "surrogatepass")
+    try:
+        return json_text(tree).encode("utf-8", "surrogatepass")
+    except RecursionError:  # a tree that was put into itself too often
+        return data
 
 
 SCRAPS = (
@@ -251,6 +268,10 @@ LINES = (
 
 def spoil_yaml(data: bytes, choices: Choices) -> bytes:
     lines = data.decode("utf-8", "replace").split("\n")
+    if choices.hardly() and len(lines) < MANY:
+        number = choices.below(len(lines))
+        copies = [lines[number].replace(":", f"{n}:", 1) for n in range(MANY)]
+        lines[number:number] = copies
     for _ in range(1 + choices.below(3)):
         number = choices.below(len(lines))
         action = choices.below(6)

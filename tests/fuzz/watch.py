@@ -111,7 +111,7 @@ def watched(home: Path, size: int) -> Iterator[None]:
         yield
     except (CheckpointError, StorageError) as error:
         _GUARD.home = None
-        _require_useful(str(error))
+        _require_useful(str(error), home)
     except Hangs as error:
         raise Defect(f"hangs for {HANGS_AFTER} s{_where(error)}") from error
     except Defect:
@@ -146,9 +146,9 @@ def _where(error: BaseException) -> str:
     return f" at bioinit/{name}:{frames[-1].lineno}"
 
 
-def _require_useful(message: str) -> None:
-    if not message.strip():
-        raise Defect("an error without a message")
+def _require_useful(message: str, home: Path) -> None:
+    if str(home) not in message:
+        raise Defect(f"a message that names no file: {message:.100}")
     if len(message) > LONGEST_MESSAGE:
         raise Defect(f"a message of {len(message)} characters: {message[:100]!r}")
 
