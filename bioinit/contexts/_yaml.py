@@ -63,10 +63,10 @@ def read_fields(folder: Folder, name: str) -> dict[str, Any]:
         raise CorruptCheckpoint(
             f"{folder.file(name)} holds {kind}, not a mapping of fields. Fetch or write it again."
         )
-    odd = next((key for key in found if not isinstance(key, str)), None)
-    if odd is not None:
+    odd = [key for key in found if not isinstance(key, str)]
+    if odd:
         raise CorruptCheckpoint(
-            f"{folder.file(name)} has the field {odd!r:.{_LONGEST_SHOWN}}, which is no name. "
+            f"{folder.file(name)} has the field {odd[0]!r:.{_LONGEST_SHOWN}}, which is no name. "
             "Correct it, or fetch it again."
         )
     return found

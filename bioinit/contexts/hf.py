@@ -46,13 +46,13 @@ def _read(folder: Folder) -> Context | None:
         data["architectures"] = named = [named]
     if not isinstance(named, list | None) or not all(isinstance(name, str) for name in named or ()):
         raise CorruptCheckpoint(
-            f"{folder.path / _CONFIG}: architectures is {named!r}, not a list of class names. "
+            f"{folder.path / _CONFIG}: architectures is {named!r:.200}, not a list of class names. "
             'Correct it, as in ["EsmForMaskedLM"], or take it out.'
         )
     if not isinstance(data.get("id2label"), dict | None):
         raise CorruptCheckpoint(
-            f"{folder.path / _CONFIG}: id2label is {data['id2label']!r}, not a mapping of numbers "
-            "to names. Correct it or take it out."
+            f"{folder.path / _CONFIG}: id2label is {data['id2label']!r:.200}, not a mapping of "
+            "numbers to names. Correct it or take it out."
         )
     tree: dict[str, Any] = {"model": data}
     if folder.has(_GENERATION):

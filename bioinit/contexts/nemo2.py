@@ -127,10 +127,10 @@ def _tree(root: Any, where: str) -> dict[Any, Any]:
         raise CorruptCheckpoint(
             f"{where} holds no config of a model. Fetch or write the checkpoint again."
         )
-    odd = next((key for key in fields if not isinstance(key, str)), None)
-    if odd is not None:
+    odd = [key for key in fields if not isinstance(key, str)]
+    if odd:
         raise CorruptCheckpoint(
-            f"{where}: the model has the field {odd!r:.80}, which is no name. Fetch it again."
+            f"{where}: the model has the field {odd[0]!r:.80}, which is no name. Fetch it again."
         )
     return tree
 

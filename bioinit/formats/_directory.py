@@ -193,10 +193,10 @@ def _read_index(folder: Folder, name: str) -> Chosen:
             f"{index} has no 'weight_map' that says which file holds which tensor. Fetch or write "
             "it again."
         )
-    odd = next((where for where in placed.values() if not isinstance(where, str)), None)
-    if odd is not None:
+    odd = [where for where in placed.values() if not isinstance(where, str)]
+    if odd:
         raise CorruptCheckpoint(
-            f"{index} places a tensor in {odd!r:.100}, which is no file name. Fetch or write "
+            f"{index} places a tensor in {odd[0]!r:.100}, which is no file name. Fetch or write "
             "it again."
         )
     files = tuple(sorted(set(placed.values())))

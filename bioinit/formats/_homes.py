@@ -18,7 +18,7 @@ DEEPSPEED_POINTER = "latest"
 WRAPPED = ("weights", "model_weights")
 _MARKS = ("metadata.json", ".metadata", "common.pt")
 _ARRAY = ".zarray"
-_NEMO_1 = "model_config.yaml"
+_NEMO_1, _NEMO_1_WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _STEP = re.compile(r"iter_\d+|global_step\d+|release")
 _RANK = re.compile(r"(mp|tp)_rank_\d+(_.+)?")
 _UNFINISHED = "-unfinished"
@@ -66,8 +66,9 @@ def _step(folder: Folder) -> Folder | None:
     has_weights = _directory.has_weights(folder)
     for name in WRAPPED:
         if name in inner and _holds_shards(folder.folder(name)):
-            # In a tree of NeMo 1 only this folder holds weights; a .pt beside it is an artifact.
-            if has_weights and not folder.has(_NEMO_1):
+            # In a tree of NeMo 1 a .pt beside the weights is an artifact.
+            is_nemo = folder.has(_NEMO_1) and not folder.has(_NEMO_1_WEIGHTS)
+            if has_weights and not is_nemo:
                 raise AmbiguousFormat(
                     f"{folder.path} holds weights, and the folder {name}/ in it does so too. Point "
                     "at the file or folder that is meant."

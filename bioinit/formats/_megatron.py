@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from bioinit.unpickle import Opaque, load, plain
 CONFIG = "metadata.json"
 COMMON = "common.pt"
 BACKEND = "torch_dist"
-LONGEST_CONFIG = 1 << 20
+LONGEST_CONFIG = 1 << 16
 ADAPTER = "adapter_metadata.json"
 _KNOWN = {
     "sharded_backend": (BACKEND,),
@@ -40,9 +41,23 @@ def is_begun(folder: Folder) -> bool:
     """Whether Megatron began to write here, going by the files it writes first and last."""
     names = folder.names()
     if CONFIG in names:
-        file = folder.file(CONFIG)
-        return file.size <= LONGEST_CONFIG and f'"{BACKEND}"'.encode() in file.read(0, file.size)
+        return backend(folder) == BACKEND
     return COMMON in names and not folder.folders() and all(name in _BESIDE for name in names)
+
+
+def backend(folder: Folder) -> str | None:
+    """The format that ``metadata.json`` names; None if it is not there, or not Megatron's."""
+    if not folder.has(CONFIG):
+        return None
+    file = folder.file(CONFIG)
+    if file.size > LONGEST_CONFIG:
+        return None
+    try:
+        found = json.loads(file.read(0, file.size))
+    except (ValueError, RecursionError):
+        return None
+    named = found.get("sharded_backend") if isinstance(found, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def require_readable(folder: Folder) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from bioinit.errors import CorruptCheckpoint
+from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.formats._items import saved_offsets
 from bioinit.formats._tiling import fault
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
@@ -80,6 +80,15 @@ def _require_one_set(folder: Folder, names: list[str]) -> None:
             f"{min(totals)} parts per rank, and another file says {max(totals)}. Remove those that "
             "are not meant."
         )
+    here = {int(match[2]) for name in names if (match := PART.fullmatch(name))}
+    total = int(totals.pop())
+    missing = next((n for n in range(1, min(total, len(here) + 1) + 1) if n not in here), None)
+    if missing is not None:
+        raise UnfinishedCheckpoint(
+            f"{folder.path} holds {len(here)} of the {total} parts that {names[0]} is one of: "
+            f"shard-*-model-{missing:05d}-of-{total:05d}.safetensors is missing. Fetch it, or "
+            "point at a checkpoint that was finished."
+        )
 
 
 def _moved(
@@ -105,8 +114,8 @@ def _merged(folder: Folder, key: str, held: list[tuple[File, StoredTensor, Piece
                 f"{list(first.shape)} of the tensor {key!r}, and {file.name} holds {stored.dtype} "
                 f"{list(stored.shape)}. Fetch or write both again."
             )
-    spans = {(piece.box.offsets, piece.box.sizes): piece for _, _, piece in reversed(held)}
-    pieces = tuple(spans.values())
+    pieces = tuple(piece for _, _, piece in held)
+    spans = [(piece.box.offsets, piece.box.sizes) for piece in pieces]
     dims = range(len(first.shape))
     shape = tuple(max(p.box.offsets[d] + p.box.sizes[d] for p in pieces) for d in dims)
     if any(size >= MOST for size in shape):
@@ -114,11 +123,11 @@ def _merged(folder: Folder, key: str, held: list[tuple[File, StoredTensor, Piece
             f"{folder.path} is damaged: its pieces of the tensor {key!r} reach to {shape}. Fetch "
             "or write it again."
         )
-    wrong = fault(shape, list(spans))
+    wrong = fault(shape, spans)
     if wrong is not None:
         raise CorruptCheckpoint(
-            f"{folder.path} is incomplete: in the tensor {key!r} {wrong}. Fetch the files that are "
-            "missing, or write the checkpoint again."
+            f"{folder.path} is damaged or incomplete: in the tensor {key!r} {wrong}. Fetch the "
+            "files that are missing, or write the checkpoint again."
         )
     kept = tuple(piece for piece in pieces if 0 not in piece.box.sizes)
     return StoredTensor(shape, first.dtype, kept or pieces[:1])

@@ -64,6 +64,8 @@ def _recognizes(folder: Folder) -> bool:
     file = folder.file(folder.names()[0])
     if file.name.endswith(SUFFIX):
         return True
+    if file.name.endswith(".distcp"):  # such an image too, but with an index: part of another
+        return False
     if file.size <= LENGTH_BYTES:
         return False
     length = int.from_bytes(file.read(0, LENGTH_BYTES), "little")

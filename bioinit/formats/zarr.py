@@ -14,14 +14,13 @@ we; an array of which more than half is missing that way is unfinished.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bioinit.errors import RefusedCheckpoint, StorageError, UnfinishedCheckpoint
 from bioinit.formats._codecs import Cache, Chain, Undecodable
-from bioinit.formats._megatron import CONFIG, describe, folded, require_finished
+from bioinit.formats._megatron import CONFIG, backend, describe, folded, require_finished
 from bioinit.formats._zarray import HEADER, Header, corrupt, gaps, read_header
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
 from bioinit.layout import Box, Dims, numel
@@ -46,9 +45,9 @@ def _recognizes(folder: Folder) -> bool:
     if folder.is_file:
         return False
     try:
-        backend = _backend(folder)
-        if backend is not None:
-            return backend == BACKEND
+        found = backend(folder)
+        if found is not None:
+            return found == BACKEND
         if any(folder.has(name) for name in (HEADER, GROUP, ".zmetadata", VERSION_3)):
             return True
         return any(
@@ -58,21 +57,6 @@ def _recognizes(folder: Folder) -> bool:
         )
     except StorageError:
         return False
-
-
-def _backend(folder: Folder) -> str | None:
-    """Who wrote the directory, if it says so the way Megatron-Core does."""
-    if not folder.has(CONFIG):
-        return None
-    file = folder.file(CONFIG)
-    if file.size > MOST_CONFIG_BYTES:
-        return None
-    try:
-        found = json.loads(file.read(0, file.size))
-    except (ValueError, RecursionError):
-        return None
-    backend = found.get("sharded_backend") if isinstance(found, dict) else None
-    return backend if isinstance(backend, str) else None
 
 
 class _Array(NamedTuple):

@@ -108,18 +108,22 @@ def _directory(file: File) -> tuple[int, int, int]:
     if at < 0 or at + _END.size > len(tail):
         _corrupt(file, "it has no directory at its end: it is truncated")
     _, _, _, _, count, size, begin, _ = _END.unpack_from(tail, at)
-    end_at = tail_begin + at
-    if count == _SEE_EXTRA_16 or _SEE_EXTRA_32 in (size, begin):
-        locator_at = end_at - _LOCATOR_64.size
-        if locator_at < 0:
+    ends = tail_begin + at
+    locator_at = ends - _LOCATOR_64.size
+    locator = file.read(locator_at, _LOCATOR_64.size) if locator_at >= 0 else b""
+    if locator.startswith(b"PK\x06\x07"):
+        ends = _LOCATOR_64.unpack(locator)[2]
+        if ends + _END_64.size > locator_at:
             _corrupt(file, "the second part of its directory is missing")
-        mark, _, end_64_at, _ = _LOCATOR_64.unpack(file.read(locator_at, _LOCATOR_64.size))
-        if mark != b"PK\x06\x07" or end_64_at + _END_64.size > file.size:
-            _corrupt(file, "the second part of its directory is missing")
-        fields = _END_64.unpack(file.read(end_64_at, _END_64.size))
+        fields = _END_64.unpack(file.read(ends, _END_64.size))
         if fields[0] != b"PK\x06\x06":
             _corrupt(file, "the second part of its directory is missing")
         count, size, begin = fields[7], fields[8], fields[9]
+    elif count == _SEE_EXTRA_16 or _SEE_EXTRA_32 in (size, begin):
+        _corrupt(file, "the second part of its directory is missing")
+    # Other readers go back from the end; two archives in a row would be two things to two readers.
+    if begin + size != ends:
+        _corrupt(file, f"its directory should end at byte {begin + size}, and its end is at {ends}")
     return count, begin, size
 
 

@@ -171,7 +171,7 @@ def test_a_merged_config_survives_saving(case, tmp_path):
     before = config_of(family, data)
     save_context(before, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(data))
-    context = find(Folder.at(tmp_path))
+    context = find((Folder.at(tmp_path),))
     assert context is not None and family.recognizes(context)
     record = make_record(family.config_for(context), {}, {}, at="model")
     after = build(merge(record, family.read_fields(context).fields, {}).record, at="model")
