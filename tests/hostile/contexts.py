@@ -30,12 +30,17 @@ def config(module: str, name: str, **fields: Any) -> dict[str, Any]:
         "type": pyref(BUILDABLE, "BuildableTraverserMetadata"),
         "items": [
             ["Attr(name='fn_or_cls')", pyref(module, name)],
-            ["Attr(name='argument_names')", {"type": pyref("builtins", "tuple"),
-             "items": [[f"Index(index={i})", key] for i, key in enumerate(fields)],
-             "metadata": None}],
+            [
+                "Attr(name='argument_names')",
+                {
+                    "type": pyref("builtins", "tuple"),
+                    "items": [[f"Index(index={i})", key] for i, key in enumerate(fields)],
+                    "metadata": None,
+                },
+            ],
         ],
         "metadata": pyref(BUILDABLE, "BuildableTraverserMetadata"),
-    }  # fmt: skip
+    }
     return {
         "type": pyref(BUILDABLE, "Config"),
         "items": [[f"Attr(name={key!r})", value] for key, value in fields.items()],
@@ -49,10 +54,11 @@ def document(**objects: Any) -> dict[str, Any]:
     held = {
         "config": config("bionemo.esm2.model.model", "ESM2Config", num_layers=leaf(2)),
         "model": config("bionemo.llm.lightning", "BionemoLightningModule", config=ref("config")),
-        "root": config("nemo.lightning.io.pl", "TrainerContext", model=ref("model"),
-                       trainer=leaf(None)),
+        "root": config(
+            "nemo.lightning.io.pl", "TrainerContext", model=ref("model"), trainer=leaf(None)
+        ),
         **objects,
-    }  # fmt: skip
+    }
     return {"root": ref("root"), "objects": held, "refcounts": {}, "version": "0.0.1"}
 
 
@@ -123,4 +129,6 @@ def write_contexts() -> dict[str, Callable[[Path], None]]:
         "config_json": (config_json, {"model_type": "bert", "hidden_size": 4}),
         "common_args": (common_args, ARGS),
     }
-    return {name: lambda folder, w=write, c=said: w(folder, c) for name, (write, said) in kinds.items()}
+    return {
+        name: lambda folder, w=write, c=said: w(folder, c) for name, (write, said) in kinds.items()
+    }

@@ -63,18 +63,20 @@ GROUPS = (
     "torch_legacy",
     "pickles",
     "torch_dist",
+    "items",
     "hf_dcp",
     "zarr",
     "nemo",
     "partitions",
     "contexts",
+    "yamls",
     "paths",
     "generic",
 )
 
 
 class Group:
-    """Collects the cases of a module; each is a function, the first line of its name its name."""
+    """Collects the cases of a module; each is a function, whose name is that of the case."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -21,8 +21,12 @@ STATE = {
     "a.bias": torch.arange(4, dtype=torch.bfloat16),
     "b.weight": torch.arange(6, dtype=torch.int64).view(2, 3),
 }
-CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-          "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
+CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 EXABYTE = 1 << 60
 
 # safetensors
@@ -73,9 +77,7 @@ def storage(key: str = "0", numel: Any = 4, kind: Any = torch.FloatStorage) -> P
     return Pid(("storage", kind, key, "cpu", numel))
 
 
-def tensor(
-    held: Any, offset: Any = 0, size: Any = (4,), stride: Any = (1,), *rest: Any
-) -> Call:
+def tensor(held: Any, offset: Any = 0, size: Any = (4,), stride: Any = (1,), *rest: Any) -> Call:
     args = (held, offset, size, stride, False, {}, *rest)
     return Call(torch._utils._rebuild_tensor_v2, *args)
 
@@ -115,7 +117,7 @@ FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
 
 _WRITTEN: dict[SerializationFormat, dict[str, bytes]] = {}
-"""What torch's writer made of the state that most cases begin with: it takes a tenth of a second."""
+"""What torch's writer made of the state that most cases begin with: it takes its time."""
 
 
 def write_dcp(
@@ -139,9 +141,7 @@ def write_dcp(
             _WRITTEN[kind] = {file.name: file.read_bytes() for file in folder.glob("*.distcp")}
             _WRITTEN[kind][".metadata"] = (folder / ".metadata").read_bytes()
     if common is not ...:
-        (folder / "common.pt").write_bytes(
-            common if isinstance(common, bytes) else saved(common)
-        )
+        (folder / "common.pt").write_bytes(common if isinstance(common, bytes) else saved(common))
         (folder / "metadata.json").write_text(json.dumps(CONFIG))
     return folder
 

@@ -27,12 +27,15 @@ SECONDS = 5
 ROOM = 16 << 20
 # What the allocators of torch and zlib keep is not seen by tracemalloc, and not given back at once.
 ROOM_OF_PROCESS = 96 << 20
+KNOWN: dict[str, str] = {}
+"""Cases that do not end as they should, and why that is so for now."""
+
 CASES = cases()
 # To import torch takes longer than to open a hundred checkpoints.
 BATCHES = (
     ("safetensors", "sharded", "torch_zip", "torch_legacy", "paths"),
-    ("pickles", "contexts"),
-    ("torch_dist", "hf_dcp", "zarr", "nemo", "partitions"),
+    ("pickles", "contexts", "yamls"),
+    ("torch_dist", "items", "hf_dcp", "zarr", "nemo", "partitions"),
     ("generic",),
 )
 VIOLATIONS = {  # and what the hook has to say of each
@@ -126,7 +129,13 @@ def errors_of(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (result[stage] for stage in ("open", "read", "context") if result[stage])
 
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def parameter(case: Case) -> Any:
+    reason = KNOWN.get(case.id)
+    marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=True),)
+    return pytest.param(case, id=case.id, marks=marks)
+
+
+each_case = pytest.mark.parametrize("case", [parameter(case) for case in CASES])
 
 
 @each_case
@@ -177,6 +186,10 @@ def violations(tmp_path_factory) -> dict[str, list[str]]:
 @pytest.mark.parametrize("what", VIOLATIONS)
 def test_the_hook_sees(what, violations):
     assert any(VIOLATIONS[what] in line for line in violations[what]), violations
+
+
+def test_every_known_failure_is_one_of_the_cases():
+    assert set(KNOWN) <= {case.id for case in CASES}
 
 
 def test_the_corpus_is_large_and_known_by_its_groups():

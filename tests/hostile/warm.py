@@ -57,8 +57,13 @@ def zarr(folder):
     write_zarr(folder)
     for codec in (numcodecs.Blosc(), numcodecs.Zlib(), numcodecs.Zstd(), numcodecs.LZ4()):
         said = codec.get_config()
-        write_array(folder, said["id"], torch.ones(64), pack=lambda raw, c=codec: bytes(c.encode(raw)),
-                    compressor=said)  # fmt: skip
+        write_array(
+            folder,
+            said["id"],
+            torch.ones(64),
+            pack=lambda raw, c=codec: bytes(c.encode(raw)),
+            compressor=said,
+        )
     assert zlib
 
 

@@ -48,8 +48,11 @@ def module_for(name: str) -> ModuleType:
 def written(folder: Path, name: str, writer: str) -> dict[str, torch.Tensor]:
     """What a format's own tests write, copied from the first time that they were asked."""
     module = module_for(name)
-    state = {key: value for key, value in STATE.items()
-             if value.dtype not in getattr(module, "UNWRITTEN", ())}  # fmt: skip
+    state = {
+        key: value
+        for key, value in STATE.items()
+        if value.dtype not in getattr(module, "UNWRITTEN", ())
+    }
     pristine = folder.parent.parent / "pristine" / f"{name}_{writer}"
     if not pristine.exists():
         pristine.mkdir(parents=True)
@@ -60,8 +63,9 @@ def written(folder: Path, name: str, writer: str) -> dict[str, torch.Tensor]:
 
 def chosen(folder: Path, number: int) -> Path:
     """One of the files, the largest first; the last again if there are fewer."""
-    files = sorted((p for p in folder.rglob("*") if p.is_file()),
-                   key=lambda p: (-p.stat().st_size, str(p)))  # fmt: skip
+    files = sorted(
+        (p for p in folder.rglob("*") if p.is_file()), key=lambda p: (-p.stat().st_size, str(p))
+    )
     return files[min(number, len(files) - 1)]
 
 
@@ -129,6 +133,7 @@ def case(name: str, writer: str, damage: Callable[[Path, int], None], number: in
 
     return make
 
+
 # Nothing says how many files there should be, or which of two equal halves is the first.
 UNKNOWABLE = (("write_tiny_without_index", "missing"), ("write_tiny", "swapped"))
 
@@ -136,5 +141,9 @@ for format_name, writer in writers():
     for what, damage in DAMAGE.items():
         for number in range(1 if what in ("swapped", "replaced_by_text") else MOST_FILES):
             kind = "either" if (writer, what) in UNKNOWABLE or "flip" in what else "sound"
-            GROUP.add(f"{format_name}_{writer}_{what}_file_{number}",
-                      case(format_name, writer, damage, number), kind=kind, errors=ANY)  # fmt: skip
+            GROUP.add(
+                f"{format_name}_{writer}_{what}_file_{number}",
+                case(format_name, writer, damage, number),
+                kind=kind,
+                errors=ANY,
+            )

@@ -16,7 +16,9 @@ def part(rank: int, of: int = 2) -> str:
     return f"shard-{rank:05d}-model-{1:05d}-of-{1:05d}.safetensors" if of else ""
 
 
-def image(offsets: Any, shape: tuple[int, ...] = (2, 4), dtype: str = "F32", name: str = "a") -> bytes:
+def image(
+    offsets: Any, shape: tuple[int, ...] = (2, 4), dtype: str = "F32", name: str = "a"
+) -> bytes:
     """A file with one tensor that begins at ``offsets`` of the whole."""
     size = torch.Size(shape).numel() * 4
     note = offsets if isinstance(offsets, str) else json.dumps({name: {"saved_offsets": offsets}})

@@ -32,10 +32,17 @@ NAME = "model.nemo"
 
 
 def lie(name: str, data: bytes, **said: Any) -> None:
+    """An archive, pointed at by its folder and by itself."""
+
     def make(folder: Path) -> None:
         (folder / NAME).write_bytes(data)
 
+    def pointed(folder: Path) -> str:
+        make(folder)
+        return NAME
+
     GROUP.add(name, make, **{"file": NAME, **said})
+    GROUP.add(f"{name}_by_itself", pointed, **{"file": NAME, **said})
 
 
 def member(name: str, *args: Any, **said: Any) -> None:
@@ -72,8 +79,15 @@ member("path_is_a_newline_and_an_escape", "./a\n\x1b[2Jb", b"x", kind="either")
 member("path_has_backslashes", "..\\..\\evil", b"x", kind="either")
 member("path_is_empty", "", b"x")
 member("symbolic_link", "./a", b"", b"2", link=b"/etc/passwd", errors=REFUSED, says="link")
-member("symbolic_link_in_place_of_the_weights", "./model_weights.ckpt", b"", b"2",
-       link=b"../secret", errors=REFUSED, says="link")  # fmt: skip
+member(
+    "symbolic_link_in_place_of_the_weights",
+    "./model_weights.ckpt",
+    b"",
+    b"2",
+    link=b"../secret",
+    errors=REFUSED,
+    says="link",
+)
 member("hard_link", "./a", b"", b"1", link=b"/etc/passwd", errors=REFUSED, says="link")
 member("character_device", "./a", b"", b"3", errors=REFUSED, says="device")
 member("block_device", "./a", b"", b"4", errors=REFUSED, says="device")
@@ -85,14 +99,20 @@ member("folder_with_contents", "./a/", b"x", b"5", errors=DAMAGED, says="a")
 member("config_stands_twice", "./model_config.yaml", YAML, errors=DAMAGED, says="twice|two|again")
 member("config_stands_twice_in_other_words", "model_config.yaml", YAML, errors=DAMAGED)
 member("weights_stand_twice", "./x/.././model_weights.ckpt", b"x", errors=REFUSED + "|" + DAMAGED)
-member("file_that_is_a_folder_too", "./model_config.yaml/a", b"x", errors=DAMAGED,
-       says="model_config")  # fmt: skip
-member("folder_that_is_a_file_too", "./model_weights.ckpt/", b"", b"5", errors=DAMAGED,
-       says="model_weights")  # fmt: skip
+member(
+    "file_that_is_a_folder_too", "./model_config.yaml/a", b"x", errors=DAMAGED, says="model_config"
+)
+member(
+    "folder_that_is_a_file_too",
+    "./model_weights.ckpt/",
+    b"",
+    b"5",
+    errors=DAMAGED,
+    says="model_weights",
+)
 member("path_in_200_folders", "a/" * 49 + "b", b"x", prefix=b"a/" * 70 + b"a", errors=DAMAGED)
 
-lie("size_is_an_exabyte", nemo(tar_header("./a", b"\x80" + EXABYTE.to_bytes(11, "big"))),
-    says="a")  # fmt: skip
+lie("size_is_an_exabyte", nemo(tar_header("./a", b"\x80" + EXABYTE.to_bytes(11, "big"))), says="a")
 lie("size_is_negative", nemo(tar_header("./a", b"\xff" * 12)))
 lie("size_is_text", nemo(tar_header("./a", b"-0000000001\0")))
 lie("size_is_decimal", nemo(tar_header("./a", b"00000000099\0")))
@@ -102,22 +122,44 @@ lie("cut_in_a_header", nemo()[:700])
 lie("cut_in_the_weights", nemo()[: -1024 - 512], says="model_weights")
 lie("cut_by_one_byte", nemo()[:-1])
 lie("cut_after_the_config", nemo()[:1024], errors=DAMAGED + "|" + REFUSED + "|UnknownFormat")
-lie("one_block_of_zeros_and_more", bytes(512) + nemo(), errors=DAMAGED + "|UnknownFormat|" + REFUSED)
-lie("five_thousand_empty_folders",
-    b"".join(tar_member(f"./d{i}/", b"", b"5") for i in range(5000)) + nemo(), kind="either")  # fmt: skip
-lie("five_thousand_extensions_of_extensions", tar_member("./x", record("a", "b"), b"x") * 5000
-    + nemo(), kind="either")  # fmt: skip
-lie("no_weights", tar_member("./model_config.yaml", YAML) + TAR_END,
-    errors=DAMAGED + "|UnknownFormat")  # fmt: skip
+lie(
+    "one_block_of_zeros_and_more", bytes(512) + nemo(), errors=DAMAGED + "|UnknownFormat|" + REFUSED
+)
+lie(
+    "five_thousand_empty_folders",
+    b"".join(tar_member(f"./d{i}/", b"", b"5") for i in range(5000)) + nemo(),
+    kind="either",
+)
+lie(
+    "five_thousand_extensions_of_extensions",
+    tar_member("./x", record("a", "b"), b"x") * 5000 + nemo(),
+    kind="either",
+)
+lie(
+    "no_weights",
+    tar_member("./model_config.yaml", YAML) + TAR_END,
+    errors=DAMAGED + "|UnknownFormat",
+)
 lie("no_member_at_all", TAR_END, errors=DAMAGED + "|UnknownFormat")
 lie("weights_are_garbage", nemo(weights=b"x" * 100), errors=DAMAGED + "|UnknownFormat")
 lie("weights_are_empty", nemo(weights=b""))
 lie("weights_are_cut", nemo(weights=saved(STATE)[:-10]))
-lie("weights_are_an_archive_again", nemo(weights=nemo()), errors=DAMAGED + "|UnknownFormat|" + REFUSED)
-lie("weights_run_code", nemo(weights=archive(pickled(Call(os.system, "touch CANARY")))),
-    errors=REFUSED)  # fmt: skip
-lie("config_is_an_object", nemo(config=b"!!python/object/apply:os.system ['touch CANARY']\n"),
-    errors=REFUSED, file="model_config.yaml")  # fmt: skip
+lie(
+    "weights_are_an_archive_again",
+    nemo(weights=nemo()),
+    errors=DAMAGED + "|UnknownFormat|" + REFUSED,
+)
+lie(
+    "weights_run_code",
+    nemo(weights=archive(pickled(Call(os.system, "touch CANARY")))),
+    errors=REFUSED,
+)
+lie(
+    "config_is_an_object",
+    nemo(config=b"!!python/object/apply:os.system ['touch CANARY']\n"),
+    errors=REFUSED,
+    file="model_config.yaml",
+)
 
 extended("extended_path_leads_up", record("path", "../evil"), errors=REFUSED, says="evil")
 extended("extended_path_is_absolute", record("path", "/evil"), errors=REFUSED, says="evil")
@@ -127,8 +169,13 @@ extended("extended_size_is_an_exabyte", record("size", str(EXABYTE)), errors=DAM
 extended("extended_size_is_negative", record("size", "-5"), errors=DAMAGED)
 extended("extended_size_of_5000_digits", record("size", "9" * 5000), errors=DAMAGED)
 extended("extended_twice", record("path", "a"), record("path", "../evil"), errors=REFUSED)
-extended("extended_sparse", record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0"),
-         errors=REFUSED, says="sparse")  # fmt: skip
+extended(
+    "extended_sparse",
+    record("GNU.sparse.major", "1"),
+    record("GNU.sparse.minor", "0"),
+    errors=REFUSED,
+    says="sparse",
+)
 extended("extended_link", record("linkpath", "/etc/passwd"), kind="either")
 extended("extended_for_all", record("path", "../evil"), letter=b"g", errors=DAMAGED + "|" + REFUSED)
 extended("extended_record_without_length", b"path=../evil\n", errors=DAMAGED)
@@ -182,13 +229,23 @@ def unpacked(name: str, change: Any, **said: Any) -> None:
     GROUP.add(f"unpacked_{name}", make, **said)
 
 
-unpacked("weights_are_cut", lambda f: os.truncate(f / "model_weights.ckpt", 900),
-         file="model_weights.ckpt")  # fmt: skip
-unpacked("weights_twice", lambda f: write_dcp(f / "model_weights", common={}),
-         errors="AmbiguousFormat", says="model_weights")  # fmt: skip
-unpacked("weights_are_a_link_to_nothing", lambda f: (
-    (f / "model_weights.ckpt").unlink(), (f / "model_weights.ckpt").symlink_to("gone")),
-    errors="CorruptCheckpoint|UnknownFormat|StorageError", says="model_")  # fmt: skip
+unpacked(
+    "weights_are_cut",
+    lambda f: os.truncate(f / "model_weights.ckpt", 900),
+    file="model_weights.ckpt",
+)
+unpacked(
+    "weights_twice",
+    lambda f: write_dcp(f / "model_weights", common={}),
+    errors="AmbiguousFormat",
+    says="model_weights",
+)
+unpacked(
+    "weights_are_a_link_to_nothing",
+    lambda f: ((f / "model_weights.ckpt").unlink(), (f / "model_weights.ckpt").symlink_to("gone")),
+    errors="CorruptCheckpoint|UnknownFormat|StorageError",
+    says="model_",
+)
 
 
 def tarred(tree: Path, mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
@@ -269,4 +326,3 @@ def a_rank_of_tensor_parallelism(folder):
 def a_member_that_is_called_like_the_canary(folder):
     data = nemo(tar_member(f"./{canary(folder).name}", b"x"))
     (folder / NAME).write_bytes(data)
-

@@ -42,40 +42,93 @@ DENSE = "attention.dense.weight"
 layers("partition_is_missing", lambda f: (f / LAYER).unlink(), file=LAYER)
 layers("partition_is_cut", lambda f: os.truncate(f / LAYER, 700), file=LAYER)
 layers("partition_is_empty", lambda f: (f / LAYER).write_bytes(b""), file=LAYER)
-layers("partition_is_garbage", lambda f: (f / LAYER).write_bytes(b"x" * 99), file=LAYER,
-       errors="CorruptCheckpoint|UnknownFormat")  # fmt: skip
-layers("partition_of_a_number_of_a_million", lambda f: (f / LAYER).rename(f / layer_file(2, 999_999)),
-       says="model_01|model_999999")  # fmt: skip
-layers("partition_stands_twice", lambda f: (f / "layer_2-model_1-model_states.pt").write_bytes(
-    (f / LAYER).read_bytes()), says="layer_2-model_1")  # fmt: skip
+layers(
+    "partition_is_garbage",
+    lambda f: (f / LAYER).write_bytes(b"x" * 99),
+    file=LAYER,
+    errors="CorruptCheckpoint|UnknownFormat",
+)
+layers(
+    "partition_of_a_number_of_a_million",
+    lambda f: (f / LAYER).rename(f / layer_file(2, 999_999)),
+    says="model_01|model_999999",
+)
+layers(
+    "partition_stands_twice",
+    lambda f: (f / "layer_2-model_1-model_states.pt").write_bytes((f / LAYER).read_bytes()),
+    says="layer_2-model_1",
+)
 layers("partition_lacks_a_tensor", edit(LAYER, lambda v: v.pop(DENSE)), says="dense")
 layers("partition_has_one_more", edit(LAYER, lambda v: v.update(x=torch.ones(1))), says="x")
-layers("partition_has_another_dtype", edit(LAYER, lambda v: v.update({DENSE: v[DENSE].half()})),
-       says="dense")  # fmt: skip
-layers("partition_has_other_dims", edit(LAYER, lambda v: v.update({DENSE: torch.ones(8)})),
-       says="dense")  # fmt: skip
-layers("partition_has_another_shape", edit(LAYER, lambda v: v.update({DENSE: torch.ones(5, 2)})),
-       says="dense")  # fmt: skip
-layers("copies_differ", edit(LAYER, lambda v: v.update({"input_layernorm.weight": torch.zeros(4)})),
-       says="input_layernorm")  # fmt: skip
-layers("copies_are_not_numbers", edit(
-    LAYER, lambda v: v.update({"input_layernorm.weight": torch.full((4,), float("nan"))})),
-    says="input_layernorm")  # fmt: skip
-layers("copies_have_another_length", edit(
-    LAYER, lambda v: v.update({"input_layernorm.weight": torch.ones(5)})), says="input_layernorm")  # fmt: skip
+layers(
+    "partition_has_another_dtype",
+    edit(LAYER, lambda v: v.update({DENSE: v[DENSE].half()})),
+    says="dense",
+)
+layers(
+    "partition_has_other_dims",
+    edit(LAYER, lambda v: v.update({DENSE: torch.ones(8)})),
+    says="dense",
+)
+layers(
+    "partition_has_another_shape",
+    edit(LAYER, lambda v: v.update({DENSE: torch.ones(5, 2)})),
+    says="dense",
+)
+layers(
+    "copies_differ",
+    edit(LAYER, lambda v: v.update({"input_layernorm.weight": torch.zeros(4)})),
+    says="input_layernorm",
+)
+layers(
+    "copies_are_not_numbers",
+    edit(LAYER, lambda v: v.update({"input_layernorm.weight": torch.full((4,), float("nan"))})),
+    says="input_layernorm",
+)
+layers(
+    "copies_have_another_length",
+    edit(LAYER, lambda v: v.update({"input_layernorm.weight": torch.ones(5)})),
+    says="input_layernorm",
+)
 layers("partition_is_a_list", edit(LAYER, lambda v: list(v.values())), kind="either")
-layers("partition_runs_code", lambda f: (f / LAYER).write_bytes(
-    archive(pickled(Call(os.system, f"touch {canary(f)}")))), file=LAYER, errors=REFUSED)  # fmt: skip
-layers("tensor_runs_code", lambda f: (f / LAYER).write_bytes(
-    archive(pickled({DENSE: Call(os.system, f"touch {canary(f)}")}))), kind="either")  # fmt: skip
-layers("engine_runs_code", lambda f: (f / ENGINE.format(0)).write_bytes(
-    archive(pickled(Call(os.system, f"touch {canary(f)}")))), kind="either")  # fmt: skip
-layers("engine_says_there_are_more", lambda f: torch.save({"mp_world_size": 4},
-       f / ENGINE.format(0)), says="4")  # fmt: skip
-layers("engine_says_there_are_an_exabyte", lambda f: torch.save({"mp_world_size": 1 << 60},
-       f / ENGINE.format(0)), says=str(1 << 60))  # fmt: skip
-layers("two_files_are_swapped", lambda f: ((f / LAYER).rename(f / "x"),
-       (f / EMBEDDING).rename(f / LAYER), (f / "x").rename(f / EMBEDDING)))  # fmt: skip
+layers(
+    "partition_runs_code",
+    lambda f: (f / LAYER).write_bytes(archive(pickled(Call(os.system, f"touch {canary(f)}")))),
+    file=LAYER,
+    errors=REFUSED,
+)
+layers(
+    "tensor_runs_code",
+    lambda f: (f / LAYER).write_bytes(
+        archive(pickled({DENSE: Call(os.system, f"touch {canary(f)}")}))
+    ),
+    kind="either",
+)
+layers(
+    "engine_runs_code",
+    lambda f: (f / ENGINE.format(0)).write_bytes(
+        archive(pickled(Call(os.system, f"touch {canary(f)}")))
+    ),
+    kind="either",
+)
+layers(
+    "engine_says_there_are_more",
+    lambda f: torch.save({"mp_world_size": 4}, f / ENGINE.format(0)),
+    says="4",
+)
+layers(
+    "engine_says_there_are_an_exabyte",
+    lambda f: torch.save({"mp_world_size": 1 << 60}, f / ENGINE.format(0)),
+    says=str(1 << 60),
+)
+layers(
+    "two_files_are_swapped",
+    lambda f: (
+        (f / LAYER).rename(f / "x"),
+        (f / EMBEDDING).rename(f / LAYER),
+        (f / "x").rename(f / EMBEDDING),
+    ),
+)
 
 
 def ranks(name: str, *values: Any, **said: Any) -> None:
@@ -95,15 +148,30 @@ ranks("rank_is_cut", HELD, saved(HELD)[:-40], file=SECOND)
 ranks("rank_holds_no_weights", {"module": {}}, says="mp_rank_00")
 ranks("rank_holds_only_settings", {"args": {"a": 1}}, says="mp_rank_00|weights")
 ranks("ranks_have_other_names", HELD, {"module": {"x": torch.ones(1)}}, says="dense|x|norm")
-ranks("ranks_have_other_shapes", HELD,
-      {"module": {**HELD["module"], "attention.dense.weight": torch.ones(5, 2)}}, says="dense")  # fmt: skip
-ranks("copies_differ", HELD, {"module": {**HELD["module"], "norm.weight": torch.zeros(4)}},
-      says="norm")  # fmt: skip
-ranks("parameters_are_empty", {"module": {"a": torch.empty(0), "b": torch.ones(1)}}, errors=REFUSED,
-      says="ZeRO-3")  # fmt: skip
+ranks(
+    "ranks_have_other_shapes",
+    HELD,
+    {"module": {**HELD["module"], "attention.dense.weight": torch.ones(5, 2)}},
+    says="dense",
+)
+ranks(
+    "copies_differ",
+    HELD,
+    {"module": {**HELD["module"], "norm.weight": torch.zeros(4)}},
+    says="norm",
+)
+ranks(
+    "parameters_are_empty",
+    {"module": {"a": torch.empty(0), "b": torch.ones(1)}},
+    errors=REFUSED,
+    says="ZeRO-3",
+)
 ranks("there_should_be_more", {**HELD, "mp_world_size": 7}, says="7")
-ranks("module_stands_inside_itself", archive(
-    b"\x80\x02}q\x00X\x06\x00\x00\x00moduleq\x01h\x00s."), says="mp_rank_00|weights")  # fmt: skip
+ranks(
+    "module_stands_inside_itself",
+    archive(b"\x80\x02}q\x00X\x06\x00\x00\x00moduleq\x01h\x00s."),
+    says="mp_rank_00|weights",
+)
 
 
 @GROUP.bad(says="mp_rank_01")
@@ -180,22 +248,40 @@ def rank(**said: Any) -> dict[str, Any]:
 
 megatron("rank_is_missing", rank(), says="1|2")
 megatron("rank_is_cut", rank(), saved(rank())[:-30], file="model_optim_rng.pt")
-megatron("there_should_be_an_exabyte", rank(args={"tensor_model_parallel_size": 1 << 60}), rank(),
-         says="1152921504606846976|tensor")  # fmt: skip
+megatron(
+    "there_should_be_an_exabyte",
+    rank(args={"tensor_model_parallel_size": 1 << 60}),
+    rank(),
+    says="1152921504606846976|tensor",
+)
 megatron("sizes_are_negative", rank(args={"tensor_model_parallel_size": -2}), rank(), kind="either")
 megatron("sizes_are_text", rank(args={"tensor_model_parallel_size": "2"}), rank(), kind="either")
-megatron("ranks_have_other_names", rank(), rank(model={"x": torch.ones(1)}), says="layernorm|x|dense")
+megatron(
+    "ranks_have_other_names", rank(), rank(model={"x": torch.ones(1)}), says="layernorm|x|dense"
+)
 megatron("copies_differ", rank(), rank(model={**MODEL, NORM: torch.zeros(4)}), says="layernorm")
 megatron("model_is_a_list", rank(model=[torch.ones(2)]), rank(), kind="either")
 megatron("model_is_missing", {"args": 1}, {"args": 1}, says="model|weights|tensor")
-megatron("layers_of_10_to_the_18", rank(model={
-    **MODEL, PROJ.replace(".0.", f".{10**18}."): torch.ones(4, 2)}), rank(), kind="either")  # fmt: skip
-megatron("virtual_stages_with_a_gap", *[{"model0": dict(MODEL), "model5": dict(MODEL)}] * 2,
-         kind="either")  # fmt: skip
+megatron(
+    "layers_of_10_to_the_18",
+    rank(model={**MODEL, PROJ.replace(".0.", f".{10**18}."): torch.ones(4, 2)}),
+    rank(),
+    kind="either",
+)
+megatron(
+    "virtual_stages_with_a_gap",
+    *[{"model0": dict(MODEL), "model5": dict(MODEL)}] * 2,
+    kind="either",
+)
 megatron("args_run_code", *[rank(args={"x": Call(os.system, "touch CANARY")})] * 2, kind="inert")
 megatron("namespace_with_a_target", *[rank(args={"_target_": "os.system"})] * 2, kind="inert")
-megatron("pipeline_rank_is_missing", rank(args={"pipeline_model_parallel_size": 3}), rank(),
-         folders="mp_rank_00_{:03d}", says="002|3|pipeline")  # fmt: skip
+megatron(
+    "pipeline_rank_is_missing",
+    rank(args={"pipeline_model_parallel_size": 3}),
+    rank(),
+    folders="mp_rank_00_{:03d}",
+    says="002|3|pipeline",
+)
 
 
 @GROUP.bad(file="latest_checkpointed_iteration.txt", says="9")

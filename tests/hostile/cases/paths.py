@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.hostile.corpus import Group, Target
-from tests.hostile.craft import STATE, SerializationFormat, saved, write_dcp, write_layers, write_zarr
+from tests.hostile.craft import (
+    STATE,
+    SerializationFormat,
+    saved,
+    write_dcp,
+    write_layers,
+    write_zarr,
+)
 
 GROUP = Group("paths")
 

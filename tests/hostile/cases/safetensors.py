@@ -43,7 +43,9 @@ raw("header_is_cut_in_the_middle", safetensors({"a": entry(0, 4)}, FOUR)[:40])
 raw("header_has_a_byte_order_mark", safetensors(b"\xef\xbb\xbf" + json.dumps({}).encode()))
 raw("header_begins_with_blanks", safetensors(b"  " + json.dumps({"a": entry(0, 4)}).encode(), FOUR))
 raw("header_is_nested_100000_deep", safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"))
-raw("header_has_nan", safetensors(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', FOUR))
+raw(
+    "header_has_nan", safetensors(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', FOUR)
+)
 raw(
     "key_stands_twice",
     safetensors(
@@ -61,9 +63,10 @@ raw(
     ),
     kind="either",
 )
-raw("number_of_5000_digits",
+raw(
+    "number_of_5000_digits",
     safetensors(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', FOUR),
-)  # fmt: skip
+)
 
 lie("header_is_a_list", [1, 2])
 lie("header_is_null", None)
@@ -73,8 +76,12 @@ lie("no_offsets", {"a": {"dtype": "F32", "shape": [1]}}, says="a")
 lie("three_offsets", {"a": {**entry(0, 4), "data_offsets": [0, 2, 4]}}, says="a")
 lie("offsets_are_text", {"a": {**entry(0, 4), "data_offsets": ["0", "4"]}}, says="a")
 lie("offsets_are_fractions", {"a": {**entry(0, 4), "data_offsets": [0.0, 4.0]}}, says="a")
-lie("offsets_are_booleans", {"a": {**entry(0, 1, (1,), "U8"), "data_offsets": [False, True]}},
-    b"\0", says="a")  # fmt: skip
+lie(
+    "offsets_are_booleans",
+    {"a": {**entry(0, 1, (1,), "U8"), "data_offsets": [False, True]}},
+    b"\0",
+    says="a",
+)
 lie("offsets_are_negative", {"a": entry(-4, 0)}, says="a")
 lie("offsets_run_backwards", {"a": entry(4, 0)}, says="a")
 lie("offsets_overlap", {"a": entry(0, 4), "b": entry(2, 6)}, bytes(6), says="b")
@@ -90,7 +97,7 @@ lie("shape_holds_a_fraction", {"a": entry(0, 4, (1.0,))}, says="a")
 lie("shape_of_an_exabyte", {"a": entry(0, EXABYTE, (EXABYTE // 4,))}, says=str(EXABYTE))
 lie("shape_that_overflows_64_bits", {"a": entry(0, 0, (1 << 32, 1 << 32, 4))}, b"", says="a")
 lie("shape_of_zero_and_an_exabyte_squared", {"a": entry(0, 4, (0, 1 << 62, 1 << 62))}, says="a")
-lie("a_million_dims", {"a": entry(0, 4, (1,) * 1_000_000)}, says="a", kind="either")
+lie("a_hundred_thousand_dims", {"a": entry(0, 4, (1,) * 100_000)}, says="a", kind="either")
 lie("unknown_dtype", {"a": entry(0, 4, (1,), "F77")}, says="F77")
 lie("dtype_is_null", {"a": {**entry(0, 4), "dtype": None}}, says="a")
 lie("dtype_is_a_list", {"a": {**entry(0, 4), "dtype": ["F32"]}}, says="a")

@@ -65,16 +65,29 @@ placed("index_has_no_weight_map", {"metadata": {}})
 placed("weight_map_is_a_list", {"weight_map": list(PLACED)})
 placed("weight_map_is_empty", {"weight_map": {}})
 placed("weight_map_holds_numbers", {"weight_map": {"a": 1, "b": 2}}, says="1")
-placed("weight_map_holds_a_target", {"weight_map": {"a": {"_target_": "os.system"}}}, says="_target_")
-placed("weight_map_has_a_key_twice",
-       b'{"weight_map": {"a": "%s", "a": "%s"}}' % (FIRST.encode(), SECOND.encode()), says="a")  # fmt: skip
+placed(
+    "weight_map_holds_a_target", {"weight_map": {"a": {"_target_": "os.system"}}}, says="_target_"
+)
+placed(
+    "weight_map_has_a_key_twice",
+    b'{"weight_map": {"a": "%s", "a": "%s"}}' % (FIRST.encode(), SECOND.encode()),
+    says="a",
+)
 placed("weight_map_lists_what_is_not_there", {"weight_map": {**PLACED, "c": FIRST}}, says="c")
 placed("weight_map_swaps_two", {"weight_map": {"a": SECOND, "b": FIRST}}, says="a|b")
-placed("weight_map_names_a_missing_file", {"weight_map": {**PLACED, "c": "gone.safetensors"}},
-       says="gone")  # fmt: skip
-placed("index_is_nested_100000_deep", b'{"weight_map":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001)
-placed("weight_map_of_a_hundred_thousand_missing_files",
-       {"weight_map": {f"t{i}": f"f{i}.safetensors" for i in range(100_000)}}, says="f")  # fmt: skip
+placed(
+    "weight_map_names_a_missing_file",
+    {"weight_map": {**PLACED, "c": "gone.safetensors"}},
+    says="gone",
+)
+placed(
+    "index_is_nested_100000_deep", b'{"weight_map":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001
+)
+placed(
+    "weight_map_of_a_hundred_thousand_missing_files",
+    {"weight_map": {f"t{i}": f"f{i}.safetensors" for i in range(100_000)}},
+    says="f",
+)
 
 
 @GROUP.bad(says="'a'")

@@ -15,22 +15,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tests.hostile.corpus import DAMAGED, REFUSED, UNFINISHED, Group, Target
+from tests.hostile.corpus import REFUSED, UNFINISHED, Group, Target
 from tests.hostile.craft import (
     CONFIG,
     EXABYTE,
     STATE,
     SerializationFormat,
-    archive,
     distcp,
     edit_index,
-    entry,
-    pickled,
     place_of,
-    safetensors,
-    saved,
-    storage,
-    tensor,
     write_dcp,
 )
 
@@ -96,23 +89,35 @@ class Odd:
 
 
 lie("chunks_overlap", cut(((0, 0), (2, 4)), ((1, 0), (2, 4))), says="overlap|item")
-lie("chunks_overlap_in_a_pinwheel", cut(((0, 0), (1, 3)), ((0, 3), (2, 1)), ((2, 1), (1, 3)),
-    ((1, 0), (2, 1)), ((0, 0), (2, 2))))  # fmt: skip
+lie(
+    "chunks_overlap_in_a_pinwheel",
+    cut(((0, 0), (1, 3)), ((0, 3), (2, 1)), ((2, 1), (1, 3)), ((1, 0), (2, 1)), ((0, 0), (2, 2))),
+)
 lie("chunks_leave_a_hole", cut(((0, 0), (1, 4)), ((2, 0), (1, 4))))
-lie("chunks_leave_a_hole_in_the_middle",
-    cut(((0, 0), (1, 3)), ((0, 3), (2, 1)), ((2, 1), (1, 3)), ((1, 0), (2, 1))))  # fmt: skip
+lie(
+    "chunks_leave_a_hole_in_the_middle",
+    cut(((0, 0), (1, 3)), ((0, 3), (2, 1)), ((2, 1), (1, 3)), ((1, 0), (2, 1))),
+)
 lie("chunk_stands_twice", cut(((0, 0), (3, 4)), ((0, 0), (3, 4))))
 lie("chunk_lies_outside", cut(((0, 0), (4, 4))))
 lie("chunk_lies_far_outside", cut(((0, 0), (3, 4)), ((EXABYTE, 0), (3, 4))))
 lie("chunk_has_other_dims", cut(((0,), (12,))))
 lie("no_chunks", stated(lambda held: held.chunks.clear()))
-lie("chunks_of_a_size_that_the_item_has_not", cut(((0, 0), (3, 2)), ((0, 2), (3, 2))),
-    file=".distcp")  # fmt: skip
-lie("a_hundred_thousand_equal_chunks",
+lie(
+    "chunks_of_a_size_that_the_item_has_not",
+    cut(((0, 0), (3, 2)), ((0, 2), (3, 2))),
+    file=".distcp",
+)
+lie(
+    "a_hundred_thousand_equal_chunks",
     lambda index: index.state_dict_metadata[NAME].chunks.extend(
-        [index.state_dict_metadata[NAME].chunks[0]] * 100_000))  # fmt: skip
-lie("twenty_thousand_chunks_in_a_staircase", cut(*(((i, i), (20_000 - i, 20_000 - i))
-    for i in range(0, 20_000, 10))))  # fmt: skip
+        [index.state_dict_metadata[NAME].chunks[0]] * 100_000
+    ),
+)
+lie(
+    "twenty_thousand_chunks_in_a_staircase",
+    cut(*(((i, i), (20_000 - i, 20_000 - i)) for i in range(0, 20_000, 10))),
+)
 lie("chunks_are_a_dict", stated(lambda held: setattr(held, "chunks", {})))
 lie("chunks_are_text", stated(lambda held: setattr(held, "chunks", "x")))
 lie("offsets_are_negative", stated(lambda h: setattr(h.chunks[0], "offsets", (-1, 0))))
@@ -128,8 +133,11 @@ lie("shape_is_not_that_of_the_item", shape(4, 3), file=".distcp")
 lie("dtype_is_missing", stated(lambda held: setattr(held, "properties", None)))
 lie("dtype_is_text", stated(lambda held: setattr(held.properties, "dtype", "float32")))
 lie("dtype_is_unknown", stated(lambda held: setattr(held.properties, "dtype", Odd)))
-lie("dtype_is_not_that_of_the_item", stated(
-    lambda held: setattr(held, "properties", TensorProperties(torch.int32))), file=".distcp")  # fmt: skip
+lie(
+    "dtype_is_not_that_of_the_item",
+    stated(lambda held: setattr(held, "properties", TensorProperties(torch.int32))),
+    file=".distcp",
+)
 lie("entry_is_a_number", lambda index: index.state_dict_metadata.__setitem__(NAME, 3))
 lie("entry_is_another_class", lambda i: i.state_dict_metadata.__setitem__(NAME, Odd()))
 lie("name_is_a_number", lambda i: i.state_dict_metadata.__setitem__(7, Odd()), says="int")
@@ -140,8 +148,16 @@ lie("places_are_text", lambda i: setattr(i, "storage_data", "x"), says="str")
 lie("index_is_a_dict", lambda index: {"state_dict_metadata": {}}, says="dict")
 lie("index_holds_itself", lambda i: i.state_dict_metadata.__setitem__(NAME, i))
 lie("chunk_holds_itself", stated(lambda h: setattr(h.chunks[0], "sizes", h)))
-lie("path_leads_up", placing(relative_path="../secret.distcp"), file="secret", errors=REFUSED, says="")
-lie("path_is_absolute", placing(relative_path="/etc/passwd"), file="passwd", errors=REFUSED, says="")
+lie(
+    "path_leads_up",
+    placing(relative_path="../secret.distcp"),
+    file="secret",
+    errors=REFUSED,
+    says="",
+)
+lie(
+    "path_is_absolute", placing(relative_path="/etc/passwd"), file="passwd", errors=REFUSED, says=""
+)
 lie("path_has_a_nul", placing(relative_path="__0_0.distcp\0"), file="", errors=REFUSED, says="0_0")
 lie("path_has_backslashes", placing(relative_path="..\\secret.distcp"), file="", says="secret")
 lie("path_has_a_newline", placing(relative_path="__0_0.distcp\n"), file="", says="0_0")
@@ -154,17 +170,43 @@ lie("offset_is_between_items", placing(offset=7), file=".distcp", says=BYTE)
 lie("offset_is_a_fraction", placing(offset=0.0), says="place|storage_data")
 lie("length_is_an_exabyte", placing(length=EXABYTE), file=".distcp", says=BYTE)
 lie("length_is_zero", placing(length=0), file=".distcp")
-lie("length_is_short_by_one", lambda i: setattr(place_of(i, NAME), "length",
-    place_of(i, NAME).length - 1), file=".distcp")  # fmt: skip
-lie("length_covers_two_items", lambda i: setattr(place_of(i, NAME), "length",
-    2 * place_of(i, NAME).length), file=".distcp", says=BYTE)  # fmt: skip
-lie("item_of_another_tensor", lambda i: setattr(place_of(i, NAME), "offset",
-    place_of(i, "b.weight").offset), file=".distcp")  # fmt: skip
-lie("went_through_a_codec", placing(transform_descriptors=("evil.Codec",)), file=".distcp",
-    errors=REFUSED, says="evil.Codec")  # fmt: skip
-lie("places_of_twenty_thousand_files", lambda index: index.storage_data.update(
-    {MetadataIndex(f"t{i}", torch.Size([0])): type(place_of(index, NAME))(f"f{i}.distcp", 0, 1)
-     for i in range(20_000)}), file="distcp", says="20000|20001", errors=UNFINISHED)  # fmt: skip
+lie(
+    "length_is_short_by_one",
+    lambda i: setattr(place_of(i, NAME), "length", place_of(i, NAME).length - 1),
+    file=".distcp",
+)
+lie(
+    "length_covers_two_items",
+    lambda i: setattr(place_of(i, NAME), "length", 2 * place_of(i, NAME).length),
+    file=".distcp",
+    says=BYTE,
+)
+lie(
+    "item_of_another_tensor",
+    lambda i: setattr(place_of(i, NAME), "offset", place_of(i, "b.weight").offset),
+    file=".distcp",
+)
+lie(
+    "went_through_a_codec",
+    placing(transform_descriptors=("evil.Codec",)),
+    file=".distcp",
+    errors=REFUSED,
+    says="evil.Codec",
+)
+lie(
+    "places_of_twenty_thousand_files",
+    lambda index: index.storage_data.update(
+        {
+            MetadataIndex(f"t{i}", torch.Size([0])): type(place_of(index, NAME))(
+                f"f{i}.distcp", 0, 1
+            )
+            for i in range(20_000)
+        }
+    ),
+    file="distcp",
+    says="20000|20001",
+    errors=UNFINISHED,
+)
 
 
 @GROUP.bad(file=INDEX, says="a.weight|dims|shape")
@@ -216,11 +258,18 @@ def config(name: str, content: object, **said: Any) -> None:
 
 config("config_is_a_list", [1])
 config("config_is_empty", b"")
-config("config_has_a_key_twice", b'{"sharded_backend": "torch_dist", "sharded_backend": "zarr"}',
-       says="twice")  # fmt: skip
+config(
+    "config_has_a_key_twice",
+    b'{"sharded_backend": "torch_dist", "sharded_backend": "zarr"}',
+    says="twice",
+)
 config("config_is_of_a_newer_version", {**CONFIG, "sharded_backend_version": 99}, errors=REFUSED)
-config("config_names_another_backend", {**CONFIG, "sharded_backend": "evil.module"},
-       errors=REFUSED, says="evil")  # fmt: skip
+config(
+    "config_names_another_backend",
+    {**CONFIG, "sharded_backend": "evil.module"},
+    errors=REFUSED,
+    says="evil",
+)
 config("config_has_a_target", {**CONFIG, "_target_": "os.system"}, kind="inert")
 config("config_is_nested_100000_deep", b"[" * 100_000)
 
@@ -236,57 +285,6 @@ def a_link_to_a_file_of_another_length(folder):
     return Target(also=(short,))
 
 
-def items(name: str, image: bytes, **said: Any) -> None:
-    """A good checkpoint, of which one item is replaced by ``image``."""
-
-    def make(folder: Path) -> None:
-        write_dcp(folder)
-        file = distcp(folder)
-        edit_index(folder, placing(offset=file.stat().st_size, length=len(image)))
-        with file.open("ab") as stream:
-            stream.write(image)
-
-    GROUP.add(name, make, **{"file": ".distcp", "says": "a.weight", **said})
-
-
-HELD = {"0": bytes(48)}
-AS_IT_IS = tensor(storage(numel=12), 0, (3, 4), (4, 1))
-items("item_is_a_list", archive(pickled([AS_IT_IS]), HELD))
-items("item_is_of_two_tensors", archive(pickled((AS_IT_IS, AS_IT_IS)), HELD))
-items("item_lacks_its_storage", archive(pickled(AS_IT_IS)))
-items("item_has_a_short_storage", archive(pickled(AS_IT_IS), {"0": bytes(47)}))
-items("item_reaches_beyond", archive(pickled(tensor(storage(numel=12), 1, (3, 4), (4, 1))), HELD))
-items("item_is_compressed", archive(pickled(AS_IT_IS), HELD, method=8), errors=REFUSED)
-items("item_has_two_pickles", archive(pickled(AS_IT_IS), HELD, extra=[("b/data.pkl", b".")]))
-items("item_is_a_tar", b"\0" * 2048)
-items("item_is_a_legacy_file", saved(torch.ones(3, 4), old=True))
-items("item_is_big_endian", archive(pickled(AS_IT_IS), HELD).replace(b"little", b"bigger"),
-      errors=DAMAGED + "|" + REFUSED)  # fmt: skip
-
-
-def image(name: str, data: bytes, **said: Any) -> None:
-    """A checkpoint of DCP's safetensors serialization, of which the file is ``data``."""
-
-    def make(folder: Path) -> None:
-        write_dcp(folder, {"a": torch.ones(2)}, kind=SerializationFormat.SAFETENSORS)
-        distcp(folder).write_bytes(data)
-
-    GROUP.add(name, make, **{"file": ".distcp", **said})
-
-
-image("image_is_cut", safetensors({"a": entry(0, 8, (2,))}, bytes(7)))
-image("image_lacks_the_tensor", safetensors({"b": entry(0, 8, (2,))}, bytes(8)), says="'a'")
-image("image_has_another_dtype", safetensors({"a": entry(0, 8, (2,), "I32")}, bytes(8)), says="'a'")
-image("image_has_another_shape", safetensors({"a": entry(0, 12, (3,))}, bytes(12)), says="'a'")
-image("image_claims_an_exabyte", safetensors({"a": entry(0, 8, (2,))}, length=EXABYTE))
-image("image_overlaps", safetensors({"a": entry(0, 8, (2,)), "b": entry(4, 12, (2,))}, bytes(12)))
-NOTED = {"__metadata__": {"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [9]}}'}}
-image("image_is_of_another_chunk", safetensors({**NOTED, "a": entry(0, 8, (2,))}, bytes(8)),
-      says="'a'")  # fmt: skip
-NONSENSE = {"__metadata__": {"DCP_SHARDING_INFO": "[" * 100_000}}
-image("image_has_a_note_of_nonsense", safetensors({**NONSENSE, "a": entry(0, 8, (2,))}, bytes(8)))
-
-
 @GROUP.good()
 def as_megatron_writes_it(folder):
     write_dcp(folder / "weights", common={"iteration": 3, "args": {"a": 1}})
@@ -296,8 +294,13 @@ def as_megatron_writes_it(folder):
 @GROUP.good()
 def strides_offsets_zero_size_and_scalar(folder):
     base = torch.arange(24.0).view(4, 6)
-    state = {"turned": base.T, "part": base[1:3, 2:4], "empty": torch.empty(0, 3),
-             "scalar": torch.tensor(3), "flag": torch.tensor([True, False])}  # fmt: skip
+    state = {
+        "turned": base.T,
+        "part": base[1:3, 2:4],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3),
+        "flag": torch.tensor([True, False]),
+    }
     write_dcp(folder, state)
     return state
 
@@ -331,7 +334,5 @@ def weights_beside_weights(folder):
     save_file(STATE, folder / "model.safetensors")
 
 
-GROUP.cases[-1] = type(GROUP.cases[-1])(
-    **{**vars(GROUP.cases[-1]), "errors": "AmbiguousFormat"}
-)
+GROUP.cases[-1] = type(GROUP.cases[-1])(**{**vars(GROUP.cases[-1]), "errors": "AmbiguousFormat"})
 assert Metadata

@@ -60,15 +60,21 @@ lie("key_is_unknown", legacy(GOOD, ("0", "1"), count(4) * 2), says="'1'")
 lie("key_stands_twice", legacy(GOOD, ("0", "0"), count(4) * 2), kind="either")
 lie("count_is_negative", legacy(GOOD, storages=count(-4)), says="-4")
 lie("count_is_an_exabyte", legacy(GOOD, storages=count(EXABYTE)), says=str(EXABYTE))
-lie("both_counts_are_an_exabyte",
-    legacy({"a": tensor(old_storage(EXABYTE))}, storages=count(EXABYTE)), says="'0'")  # fmt: skip
+lie(
+    "both_counts_are_an_exabyte",
+    legacy({"a": tensor(old_storage(EXABYTE))}, storages=count(EXABYTE)),
+    says="'0'",
+)
 lie("storages_end_early", legacy(GOOD, storages=count(4)[:-1]), says="'0'")
 lie("storages_are_missing", legacy(GOOD, storages=b""))
 lie("tensor_reaches_beyond_its_storage", legacy({"a": tensor(old_storage(), 1)}), says="'a'")
 lie("tensor_has_negative_strides", legacy({"a": tensor(old_storage(), 3, (4,), (-1,))}), says="'a'")
 lie("tensor_begins_before_its_storage", legacy({"a": tensor(old_storage(), -1)}), says="'a'")
-lie("view_reaches_beyond_its_storage",
-    legacy({"a": tensor(old_storage(view=("1", 2, 50)), 0, (50,))}), says="'a'")  # fmt: skip
+lie(
+    "view_reaches_beyond_its_storage",
+    legacy({"a": tensor(old_storage(view=("1", 2, 50)), 0, (50,))}),
+    says="'a'",
+)
 lie("view_is_no_view", legacy({"a": tensor(old_storage(view=(1, 2, 3, 4)))}))
 lie("a_pickle_in_the_middle_breaks_off", legacy(GOOD)[:60])
 
@@ -129,7 +135,8 @@ def views_of_one_storage(folder):
 @GROUP.good()
 def the_object_is_pickled_by_protocol_4(folder):
     buffer = io.BytesIO()
-    torch.save(STATE, buffer, _use_new_zipfile_serialization=False,
-               pickle_protocol=pickle.HIGHEST_PROTOCOL)  # fmt: skip
+    torch.save(
+        STATE, buffer, _use_new_zipfile_serialization=False, pickle_protocol=pickle.HIGHEST_PROTOCOL
+    )
     (folder / NAME).write_bytes(buffer.getvalue())
     return STATE

@@ -68,39 +68,69 @@ lie("size_is_too_large", of(storage(), 0, (5,)), says="'a'")
 lie("size_is_negative", of(storage(), 0, (-4,)), says="'a'")
 lie("size_is_boolean", of(storage(), 0, (True,)), says="'a'")
 lie("size_is_a_list", of(storage(), 0, [4]))
-lie("size_has_a_million_dims", of(storage(), 0, (1,) * 1_000_000, (1,) * 1_000_000), says="'a'")
+lie(
+    "size_has_a_hundred_thousand_dims", of(storage(), 0, (1,) * 100_000, (1,) * 100_000), says="'a'"
+)
 lie("size_overflows_64_bits", of(storage(), 0, (1 << 32, 1 << 32), (0, 0)), says="'a'")
 lie("strides_are_negative", of(storage(), 3, (4,), (-1,)), says="'a'")
 lie("strides_are_too_few", of(storage(), 0, (2, 2), (1,)), says="'a'")
 lie("strides_reach_beyond", of(storage(), 0, (2, 2), (4, 1)), says="'a'")
 lie("strides_of_zero_claim_an_exabyte", of(storage(), 0, (1 << 40, 1 << 18), (0, 0)), says="a")
-lie("storage_says_one_dtype_and_another", kind="either", data=archive(
-    pickled({"a": tensor(storage()), "b": tensor(storage(kind=torch.DoubleStorage), 0, (2,))}),
-    HELD,
-))  # fmt: skip
-lie("two_names_fold_to_one", archive(pickled(
-    {"a.b": tensor(storage()), "a": {"b": tensor(storage())}}), HELD), says="a.b")  # fmt: skip
+lie(
+    "storage_says_one_dtype_and_another",
+    kind="either",
+    data=archive(
+        pickled({"a": tensor(storage()), "b": tensor(storage(kind=torch.DoubleStorage), 0, (2,))}),
+        HELD,
+    ),
+)
+lie(
+    "two_names_fold_to_one",
+    archive(pickled({"a.b": tensor(storage()), "a": {"b": tensor(storage())}}), HELD),
+    says="a.b",
+)
 lie("value_is_a_tensor", saved(torch.ones(2)), errors=REFUSED)
-lie("value_is_nested_in_itself", archive(
-    b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01h\x00s.", HELD), kind="either")  # fmt: skip
+lie(
+    "value_is_nested_in_itself",
+    archive(b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01h\x00s.", HELD),
+    kind="either",
+)
 lie("two_pickles", archive(GOOD, HELD, extra=[("other/data.pkl", GOOD)]), says="2")
 lie("no_pickle", archive(GOOD, HELD).replace(b"data.pkl", b"data.pkx"))
 lie("pickle_member_twice", archive(GOOD, HELD, extra=[("archive/data.pkl", GOOD)]), says="data.pkl")
 lie("storage_member_twice", archive(GOOD, HELD, extra=[("archive/data/0", FLOATS)]), says="data/0")
 lie("member_leads_up", archive(GOOD, HELD, extra=[("../../evil", b"x")]), kind="either")
 lie("compressed", archive(GOOD, HELD, method=zipfile.ZIP_DEFLATED), errors=REFUSED)
-lie("compressed_bomb",
-    archive(pickled({"a": tensor(storage(numel=1 << 24), 0, (1 << 24,))}), {"0": bytes(1 << 26)},
-            method=zipfile.ZIP_DEFLATED), errors=REFUSED)  # fmt: skip
-lie("compressed_pickle_bomb", archive(
-    b"\x80\x02B" + struct.pack("<I", 1 << 26) + bytes(1 << 26) + b".", method=zipfile.ZIP_DEFLATED
-), errors=REFUSED)  # fmt: skip
+lie(
+    "compressed_bomb",
+    archive(
+        pickled({"a": tensor(storage(numel=1 << 24), 0, (1 << 24,))}),
+        {"0": bytes(1 << 26)},
+        method=zipfile.ZIP_DEFLATED,
+    ),
+    errors=REFUSED,
+)
+lie(
+    "compressed_pickle_bomb",
+    archive(
+        b"\x80\x02B" + struct.pack("<I", 1 << 26) + bytes(1 << 26) + b".",
+        method=zipfile.ZIP_DEFLATED,
+    ),
+    errors=REFUSED,
+)
 lie("encrypted", in_directory("data.pkl", 8, "<H", 1), errors=REFUSED)
 lie("size_in_directory_is_4_gib", in_directory("data/0", 24, "<I", 0xFFFFFFFE))
 lie("size_in_directory_is_in_a_missing_extra", in_directory("data/0", 24, "<I", 0xFFFFFFFF))
-lie("both_sizes_in_directory_are_wrong",
-    patched(in_directory("data/0", 24, "<I", 1 << 30), archive(GOOD, HELD).rindex(
-        b"archive/data/0") - 46 + 20, "<I", 1 << 30), says="data/0")  # fmt: skip
+lie(
+    "both_sizes_in_directory_are_wrong",
+    patched(
+        in_directory("data/0", 24, "<I", 1 << 30),
+        archive(GOOD, HELD).rindex(b"archive/data/0") - 46 + 20,
+        "<I",
+        1 << 30,
+    ),
+    says="data/0",
+)
 lie("header_of_a_member_is_elsewhere", in_directory("data/0", 42, "<I", 3), says="data/0")
 lie("header_of_a_member_is_beyond", in_directory("data/0", 42, "<I", 0x7FFFFFFF))
 lie("name_in_directory_is_endless", in_directory("data/0", 28, "<H", 0xFFFF))
@@ -134,8 +164,12 @@ def good(value: object) -> object:
 BASE = torch.arange(24.0)
 for name, value in {
     "views_of_one_storage": {
-        "whole": BASE, "part": BASE[5:9], "turned": BASE.view(4, 6).T, "steps": BASE[::3],
-        "last": BASE[-1:], "column": BASE.view(4, 6)[:, 1:3],
+        "whole": BASE,
+        "part": BASE[5:9],
+        "turned": BASE.view(4, 6).T,
+        "steps": BASE[::3],
+        "last": BASE[-1:],
+        "column": BASE.view(4, 6)[:, 1:3],
     },
     "strides_of_zero": {"a": torch.tensor([2.0]).expand(4, 5), "b": torch.ones(3, 1).expand(3, 4)},
     "zero_size_and_scalar": {"a": torch.empty(0, 7), "b": torch.tensor(True), "c": torch.tensor(9)},
@@ -149,7 +183,7 @@ for name, value in {
         "nothing": b"",
         "loss": float("nan"),
     },
-}.items():  # fmt: skip
+}.items():
     GROUP.add(name, good(value), kind="good")
 
 
@@ -186,6 +220,11 @@ def zip64_throughout(folder):
 
 @GROUP.good()
 def wrapped_by_lightning(folder):
-    value = {"state_dict": STATE, "epoch": 1, "callbacks": {}, "hyper_parameters": {"_target_": "os"}}
+    value = {
+        "state_dict": STATE,
+        "epoch": 1,
+        "callbacks": {},
+        "hyper_parameters": {"_target_": "os"},
+    }
     (folder / "last.ckpt").write_bytes(saved(value))
     return Target("last.ckpt", STATE)

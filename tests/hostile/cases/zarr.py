@@ -29,9 +29,16 @@ CHUNK = "0.0"
 ZLIB = {"id": "zlib", "level": 1}
 
 
-def header(name: str, *, text: bytes | None = None, drop: str = "", kind: str = "bad",
-           errors: str = "CorruptCheckpoint|RefusedCheckpoint|UnfinishedCheckpoint",
-           says: str = NAME, **said: Any) -> None:  # fmt: skip
+def header(
+    name: str,
+    *,
+    text: bytes | None = None,
+    drop: str = "",
+    kind: str = "bad",
+    errors: str = "CorruptCheckpoint|RefusedCheckpoint|UnfinishedCheckpoint",
+    says: str = NAME,
+    **said: Any,
+) -> None:
     """A good checkpoint, in the header of one array of which something else stands."""
 
     def make(folder: Path) -> None:
@@ -61,8 +68,12 @@ header("shape_is_a_number", shape=12)
 header("shape_is_an_exabyte", shape=[EXABYTE, 4])
 header("shape_is_an_exabyte_and_chunks_too", shape=[EXABYTE, 4], chunks=[EXABYTE, 4])
 header("shape_is_an_exabyte_of_zeros", shape=[EXABYTE // 4, 1], chunks=[3, 4], fill_value=0.0)
-header("shape_is_an_exabyte_of_zeros_in_one_chunk", shape=[1 << 40, 1 << 18],
-       chunks=[1 << 40, 1 << 18], fill_value=0.0)  # fmt: skip
+header(
+    "shape_is_an_exabyte_of_zeros_in_one_chunk",
+    shape=[1 << 40, 1 << 18],
+    chunks=[1 << 40, 1 << 18],
+    fill_value=0.0,
+)
 header("shape_overflows", shape=[1 << 63, 1 << 63])
 header("shape_has_10_to_the_5_dims", shape=[1] * 100_000, chunks=[1] * 100_000)
 header("shape_of_a_thousand_digits", shape=[10**1000, 4])
@@ -105,8 +116,14 @@ def packed(name: str, chunk: bytes, compressor: Any = None, size: int = 1024, **
     """An array of ``size`` floats in one chunk, which is ``chunk``."""
 
     def make(folder: Path) -> None:
-        write_array(folder, NAME, torch.zeros(size), compressor=compressor or ZLIB,
-                    pack=lambda raw: chunk, **said.get("header", {}))  # fmt: skip
+        write_array(
+            folder,
+            NAME,
+            torch.zeros(size),
+            compressor=compressor or ZLIB,
+            pack=lambda raw: chunk,
+            **said.get("header", {}),
+        )
 
     options = {key: value for key, value in said.items() if key != "header"}
     GROUP.add(name, make, **{"file": NAME, **options})
@@ -123,27 +140,45 @@ packed("zlib_of_too_little", zlib.compress(RAW[:-1]))
 packed("zlib_of_too_much", zlib.compress(RAW + b"x"))
 packed("zlib_is_empty", b"")
 packed("gzip_is_garbage", b"\x1f\x8b" + b"x" * 100, GZIP)
-packed("blosc_header_claims_2_gib", b"\x02\x01\x01\x04" + struct.pack("<III", 0x7FFFFFFF, 4096, 80)
-       + bytes(64), BLOSC)  # fmt: skip
+packed(
+    "blosc_header_claims_2_gib",
+    b"\x02\x01\x01\x04" + struct.pack("<III", 0x7FFFFFFF, 4096, 80) + bytes(64),
+    BLOSC,
+)
 packed("blosc_header_is_short", b"\x02\x01\x01", BLOSC)
 packed("blosc_is_all_ones", b"\xff" * 200, BLOSC)
 packed("blosc_of_too_little", b"\x02\x01\x02\x04" + struct.pack("<III", 4, 4, 20) + bytes(4), BLOSC)
-packed("zstd_claims_an_exabyte", b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", EXABYTE) + bytes(30),
-       {"id": "zstd", "level": 1})  # fmt: skip
+packed(
+    "zstd_claims_an_exabyte",
+    b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", EXABYTE) + bytes(30),
+    {"id": "zstd", "level": 1},
+)
 packed("zstd_is_garbage", b"\x28\xb5\x2f\xfd" + b"x" * 100, {"id": "zstd", "level": 1})
 packed("lz4_claims_2_gib", struct.pack("<I", 0x7FFFFFFF) + bytes(50), {"id": "lz4"})
 packed("lz4_claims_a_negative_size", struct.pack("<i", -1) + bytes(50), {"id": "lz4"})
 packed("bz2_is_garbage", b"BZh9" + b"x" * 100, {"id": "bz2", "level": 1})
 packed("lzma_is_garbage", b"\xfd7zXZ\0" + b"x" * 100, {"id": "lzma"})
-packed("a_filter_between_divides_by_nothing", zlib.compress(RAW),
-       header={"filters": [{"id": "fixedscaleoffset", "scale": 0, "offset": 0,
-                            "dtype": "<f4", "astype": "<f4"}]}, kind="either")  # fmt: skip
+packed(
+    "a_filter_between_divides_by_nothing",
+    zlib.compress(RAW),
+    header={
+        "filters": [
+            {"id": "fixedscaleoffset", "scale": 0, "offset": 0, "dtype": "<f4", "astype": "<f4"}
+        ]
+    },
+    kind="either",
+)
 
 
 def zstd_bomb(folder: Path) -> None:
     numcodecs = pytest.importorskip("numcodecs")
-    write_array(folder, NAME, torch.zeros(1024), compressor={"id": "zstd", "level": 1},
-                pack=lambda raw: bytes(numcodecs.Zstd().encode(bytes(100 << 20))))  # fmt: skip
+    write_array(
+        folder,
+        NAME,
+        torch.zeros(1024),
+        compressor={"id": "zstd", "level": 1},
+        pack=lambda raw: bytes(numcodecs.Zstd().encode(bytes(100 << 20))),
+    )
 
 
 GROUP.add("zstd_bomb", zstd_bomb, file=NAME)
