@@ -125,12 +125,13 @@ def ensure(folder: Path, build: Callable[[Path], None], wanted: object) -> Path:
 
 
 def decoder(work: Path, size: Size) -> Path:
-    """The decoder as ``single``, ``shards``, ``bin``, ``dcp`` and ``torch_dist``.
+    """The decoder as ``single``, ``shards``, ``bin``, ``dcp``, ``torch_dist`` and ``zarr``.
 
     ``expected.json`` is beside them.
     """
     made = ensure(work / "decoder", lambda folder: _build_decoder(folder, size), size.decoder)
     _add_torch_dist(made)
+    _add_zarr(made)
     return made
 
 
@@ -230,6 +231,41 @@ def _add_torch_dist(folder: Path) -> None:
     torch.save({}, made / "common.pt")
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (made / "metadata.json").write_text(json.dumps(config))
+
+
+def _add_zarr(folder: Path) -> None:
+    """The decoder as Megatron-Core wrote zarr on two tensor ranks: raw chunks, halves of rows."""
+    from safetensors import safe_open
+
+    made = folder / "zarr"
+    if made.exists():
+        return
+    begun = folder / "zarr.begun"
+    begun.mkdir(exist_ok=True)
+    with safe_open(folder / "single" / "model.safetensors", framework="pt") as stored:
+        for name in stored.keys():
+            tensor = stored.get_tensor(name)
+            (begun / name).mkdir(exist_ok=True)
+            parts = 2 if tensor.shape[0] % 2 == 0 else 1
+            for number, part in enumerate(tensor.chunk(parts)):
+                place = ".".join([str(number), *("0" for _ in tensor.shape[1:])])
+                part.contiguous().view(-1).view(torch.uint8).numpy().tofile(begun / name / place)
+            header = {
+                "chunks": [tensor.shape[0] // parts, *tensor.shape[1:]],
+                "compressor": None,
+                "dtype": "bfloat16",
+                "fill_value": None,
+                "filters": None,
+                "order": "C",
+                "shape": list(tensor.shape),
+                "zarr_format": 2,
+            }
+            (begun / name / ".zarray").write_text(json.dumps(header, indent=4))
+    shutil.copy(folder / "single" / "config.json", begun)
+    torch.save({}, begun / "common.pt")
+    config = {"sharded_backend": "zarr", "sharded_backend_version": 1}
+    (begun / "metadata.json").write_text(json.dumps(config))
+    begun.rename(made)
 
 
 def _portions(state: dict[str, Tensor], shards: int) -> Iterator[list[str]]:

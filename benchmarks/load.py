@@ -1,8 +1,9 @@
 """How long until a checkpoint can train, beside the ways that people use today.
 
-    python benchmarks/load.py                          # all of it: half an hour or more, 13 GB of
-    disk python benchmarks/load.py --only whole,many --rounds 9 python benchmarks/load.py --quick
-    # seconds; for the tests, its times mean nothing python benchmarks/load.py --device cuda
+    python benchmarks/load.py                          # everything: half an hour, 16 GB of disk
+    python benchmarks/load.py --only whole,many --rounds 9
+    python benchmarks/load.py --quick                  # seconds; for the tests
+    python benchmarks/load.py --device cuda
 
 The clock runs from a call that gets a path to a module that can train: its construction, reading,
 and a write to one element of every 4 KiB page of every parameter. Each way runs in fresh processes,
@@ -32,7 +33,8 @@ from peers import PEERS, Way
 from rounds import Pool, Run, alternate, check, start
 
 HUGE_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
-ALL = tuple(key for key in PEERS if key != "megatron")  # it has a table of its own
+TABLES_OF_THEIR_OWN = ("megatron", "tensorstore")
+ALL = tuple(key for key in PEERS if key not in TABLES_OF_THEIR_OWN)
 FROM_SAFETENSORS = tuple(key for key, way in PEERS.items() if way.container == "single")
 FAST = ("safetensors_copy", "safetensors_assign", "safetensors_pread", "from_pretrained")
 MINE = tuple(OURS)
@@ -77,6 +79,12 @@ SCENARIOS = {
         title="Whole decoder from DCP with Megatron-Core's files",
         ways=("load_weights", "dcp", "megatron"),
         container="torch_dist",
+        devices=("cpu",),
+    ),
+    "zarr": Scenario(
+        title="Whole decoder from zarr as Megatron-Core wrote it",
+        ways=("load_weights", "tensorstore"),
+        container="zarr",
         devices=("cpu",),
     ),
     "huge": Scenario(

@@ -208,6 +208,23 @@ def megatron_load(job: Job) -> nn.Module:
     return model
 
 
+def tensorstore_load(job: Job) -> nn.Module:
+    """Each zarr array through tensorstore, as Megatron-Core did, copied into its parameter."""
+    import tensorstore
+
+    model = empty_model(job)
+    opened = {}
+    for name in model.state_dict():
+        store = {"driver": "file", "path": f"{Path(job.path).resolve()}/{name}"}
+        opened[name] = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+    reading = {name: array.read() for name, array in opened.items()}
+    with torch.no_grad():
+        for name, parameter in model.state_dict().items():
+            numbers = torch.from_numpy(reading.pop(name).result().view("int16"))
+            parameter.copy_(numbers.view(torch.bfloat16))
+    return model
+
+
 def fastsafetensors_load(job: Job) -> nn.Module:
     """``fastsafe_open`` over all files; its tensors own their buffer, so they are assigned."""
     from fastsafetensors import fastsafe_open
@@ -287,6 +304,13 @@ PEERS = {
         run=megatron_load,
         imports=("transformers", "megatron.core.dist_checkpointing"),
         container="torch_dist",
+        can=frozenset(),
+    ),
+    "tensorstore": Way(
+        label="tensorstore (zarr driver) + copy",
+        run=tensorstore_load,
+        imports=("transformers", "tensorstore"),
+        container="zarr",
         can=frozenset(),
     ),
     "fastsafetensors": Way(
