@@ -176,12 +176,16 @@ def _hf_dcp() -> list[Case]:
         note = _json({name: {"saved_offsets": offsets} for name, offsets in at.items()}).decode()
         return _safetensors(state, DCP_VERSION="1.0", DCP_SHARDING_INFO=note)
 
-    name = "shard-0000{}-model-0000{}-of-00002.safetensors".format
-    half = torch.arange(6.0).reshape(2, 3)
-    first, second = {"w": half, "b": torch.ones(2)}, {"w": half, "b": torch.ones(2)}
+    name = "shard-0000{}-model-0000{}-of-0000{}.safetensors".format
+    half, two = torch.arange(6.0).reshape(2, 3), torch.ones(2)
     at = ({"w": [0, 0], "b": [0]}, {"w": [2, 0], "b": [2]})
-    files = {name(1, 1): part(first, at[0]), name(2, 1): part(second, at[1])}
-    return [files, {f"sharded/{name}": data for name, data in files.items()}]
+    whole = {name(n + 1, 1, 1): part({"w": half, "b": two}, at[n]) for n in (0, 1)}
+    split = {
+        name(n + 1, number + 1, 2): part({key: tensor}, {key: at[n][key]})
+        for n in (0, 1)
+        for number, (key, tensor) in enumerate((("w", half), ("b", two)))
+    }
+    return [whole, {f"sharded/{name}": data for name, data in split.items()}]
 
 
 def _zarr() -> list[Case]:

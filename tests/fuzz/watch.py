@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,13 @@ def _forget_peak() -> None:
 
 
 @contextlib.contextmanager
-def watched(home: Path, size: int) -> Iterator[None]:
+def watched(home: Path, size: int, names: Iterable[str] = ()) -> Iterator[None]:
     """Let bad input be called bad, and raise :class:`Defect` for everything else.
 
     Args:
         home: the folder in which files may be opened.
         size: how many bytes the input has.
+        names: its files, of which an error has to name one, or the folder.
     """
     _GUARD.install()
     measures = sys.platform == "linux" and os.access(_CLEAR, os.W_OK)
@@ -111,7 +112,7 @@ def watched(home: Path, size: int) -> Iterator[None]:
         yield
     except (CheckpointError, StorageError) as error:
         _GUARD.home = None
-        _require_useful(str(error), home)
+        _require_useful(str(error), [str(home), *(name.rpartition("/")[2] for name in names)])
     except Hangs as error:
         raise Defect(f"hangs for {HANGS_AFTER} s{_where(error)}") from error
     except Defect:
@@ -146,8 +147,8 @@ def _where(error: BaseException) -> str:
     return f" at bioinit/{name}:{frames[-1].lineno}"
 
 
-def _require_useful(message: str, home: Path) -> None:
-    if str(home) not in message:
+def _require_useful(message: str, names: Iterable[str]) -> None:
+    if not any(name in message for name in names):
         raise Defect(f"a message that names no file: {message:.100}")
     if len(message) > LONGEST_MESSAGE:
         raise Defect(f"a message of {len(message)} characters: {message[:100]!r}")
@@ -171,7 +172,7 @@ def open_all(case: dict[str, bytes], folder: Path) -> None:
     if not path.exists():
         path = folder
     size = sum(map(len, case.values()))
-    with watched(folder.parent, size), families.open_checkpoint(path) as checkpoint:
+    with watched(folder.parent, size, case), families.open_checkpoint(path) as checkpoint:
         _require_sound(checkpoint)
         document = describe.describe(checkpoint, with_tensors=True)
         for line in describe.lines(document):
@@ -180,7 +181,7 @@ def open_all(case: dict[str, bytes], folder: Path) -> None:
         for name, tensor in checkpoint.tensors.items():
             if numel(tensor.shape) * tensor.dtype.itemsize <= LARGEST_READ:
                 checkpoint.read(name)
-    with watched(folder.parent, size):
+    with watched(folder.parent, size, case):
         _require_plain(contexts.load_context(path))
 
 
