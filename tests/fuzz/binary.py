@@ -109,7 +109,7 @@ def spoil_pickle(data: bytes, choices: Choices) -> bytes:
     if choices.hardly() and len(data) < LARGE:
         at = choices.below(len(ops))
         part = ops[at : at + 1 + choices.below(24)]
-        ops[at:at] = part * min(choices.pick((3000, 300)), (1 << 20) // len(b"".join(part)))
+        ops[at:at] = part * min(choices.pick((3000, 300)), (1 << 20) // (1 + len(b"".join(part))))
     for _ in range(1 + choices.below(4)):
         at = choices.below(len(ops))
         action = choices.below(8)
