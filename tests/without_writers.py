@@ -17,17 +17,14 @@ class Blocked:
             raise ImportError(f"{name} is blocked here")
 
 
-sys.meta_path.insert(0, Blocked())
-
-import bioinit  # noqa: E402
-
-
 def digest(tensor):
     data = tensor.float().contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
 
 
 def digests(path):
+    import bioinit
+
     with bioinit.open_checkpoint(path) as checkpoint:
         found = {}
         for name, tensor in checkpoint.tensors.items():
@@ -50,6 +47,7 @@ def digests(path):
 
 
 if __name__ == "__main__":
+    sys.meta_path.insert(0, Blocked())
     found = {path: digests(path) for path in sys.argv[1:]}
     found["imported"] = sorted(n for n in sys.modules if n.partition(".")[0] in BLOCKED)
     json.dump(found, sys.stdout, default=str)
