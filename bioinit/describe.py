@@ -126,6 +126,12 @@ def _notes(metadata: Mapping[str, Any]) -> Iterator[str]:
             f"missing   {sum(missing.values())} chunks of {len(missing)} tensors are not stored "
             f"and have the fill value: {shown}"
         )
+    unreadable = metadata.get("unreadable")
+    if unreadable:
+        name, why = next(iter(unreadable.items()))
+        yield f"damaged   {len(unreadable)} tensors of no weight, such as {name}: {why}"
+    if metadata.get("doubt"):
+        yield f"doubt     {metadata['doubt']}"
     ignored = metadata.get("ignored")
     if isinstance(ignored, Mapping) and ignored:
         shown = ", ".join(f"{name} ({why})" for name, why in list(ignored.items())[:4])

@@ -314,7 +314,9 @@ def _notes(
     ignored = _left_out(checkpoint, "ignored")
     if ignored:
         notes.append(f"files left out: {ignored}")
-    notes.extend([] if checkpoint is None else _made(checkpoint))
+    if checkpoint is not None:
+        notes.extend(_made(checkpoint))
+        notes.extend(filter(None, [checkpoint.metadata.get("doubt")]))
     return notes
 
 
