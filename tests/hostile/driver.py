@@ -7,6 +7,7 @@ is not on a short list is written down as a violation.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -172,18 +173,21 @@ def on_alarm(number: int, frame: Any) -> None:
 
 
 def reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
+    """Let the kernel forget how large the process has been; where it has no such file, it grows."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def peak_rss() -> int:
+    """The largest size of the process; 0 where the kernel does not say."""
+    if not os.path.exists("/proc/self/status"):
+        return 0
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """One case: watched and timed first, and once more with memory traced."""
-    began = time.time()
     os.chdir(case["cwd"])
     reset_peak()
     before = peak_rss()
@@ -213,7 +217,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             signal.alarm(0)
             found["peak"] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-    return {"id": case["id"], "wall": time.time() - began, **found}
+    return {"id": case["id"], **found}
 
 
 def violate(wanted: list[str]) -> dict[str, list[str]]:

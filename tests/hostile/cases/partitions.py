@@ -271,7 +271,7 @@ megatron(
 megatron(
     "virtual_stages_with_a_gap",
     *[{"model0": dict(MODEL), "model5": dict(MODEL)}] * 2,
-    kind="either",
+    says="model5|model1",
 )
 megatron("args_run_code", *[rank(args={"x": Call(os.system, "touch CANARY")})] * 2, kind="inert")
 megatron("namespace_with_a_target", *[rank(args={"_target_": "os.system"})] * 2, kind="inert")

@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[str], bytes]] = {
         b"\x93" + text(touch(p)) + b"\x85R."
     ),
     "stack_global_of_a_dotted_name": lambda p: (
-        b"\x80\x04\x8c\x05torch\x8c\x12serialization.os.system\x93" + text(touch(p)) + b"\x85R."
+        b"\x80\x04\x8c\x05torch\x8c\x17serialization.os.system\x93" + text(touch(p)) + b"\x85R."
     ),
     "dotted_global": lambda p: (
         b"\x80\x04ctorch\nserialization.os.system\n" + text(touch(p)) + b"\x85R."
@@ -90,7 +90,7 @@ CALLS: dict[str, Callable[[str], bytes]] = {
     ),
     "newobj_function": lambda p: b"ccopyreg\n__newobj__\n(cos\nsystem\n" + text(touch(p)) + b"tR.",
     "partial_with_state": lambda p: (
-        b"cfunctools\npartial\n(cos\nsystem\ntR(cos\nsystem\n(" + text(touch(p)) + b"t}NtbR."
+        b"cfunctools\npartial\n(cos\nsystem\ntR(cos\nsystem\n(" + text(touch(p)) + b"t}Ntb)R."
     ),
     "rebuild_from_type": lambda p: (
         b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncos\nsystem\n("
@@ -100,7 +100,7 @@ CALLS: dict[str, Callable[[str], bytes]] = {
     "operator_attrgetter": lambda p: (
         b"coperator\nattrgetter\n("
         + text("system")
-        + b"tR(cos\npath\ntR("
+        + b"tR(ctorch.serialization\nos\ntR("
         + text(touch(p))
         + b"tR."
     ),
@@ -130,6 +130,14 @@ CALLS: dict[str, Callable[[str], bytes]] = {
     ),
     "persistent_id_as_text": lambda p: b"Pcos system\n.",
 }
+
+# These do nothing where they are run: they ask in ways that only a careless reader would follow.
+LIFELESS = (
+    *("newobj_of_popen", "newobj_ex", "reconstructor", "newobj_function", "build_on_a_symbol"),
+    *("build_with_slots", "torch_load", "persistent_id_as_text"),
+    *("torch_hub", "torch_extension", "importlib", "a_module_by_its_name_alone"),
+    *("urllib", "shutil"),
+)
 
 BROKEN: dict[str, bytes] = {
     "empty": b"",
