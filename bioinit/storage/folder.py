@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from bioinit.storage.file import File, disk_error
 
 LONGEST_SHOWN = 100
 DEEPEST_JSON = 100
+_NO_NAMES = frozenset(("", ".", ".."))
 
 
 class Folder:
@@ -282,9 +283,9 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
 
 
 def _stays_inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    plain = "/".join(parts) == name and "\0" not in name and _has_bytes(name)
-    return plain and bool(parts) and not name.startswith("/") and ".." not in parts
+    # By hand: a path object for each of thousands of chunks would take half the time of opening.
+    parts = name.split("/")
+    return "\0" not in name and not _NO_NAMES & set(parts) and (name.isascii() or _has_bytes(name))
 
 
 def _has_bytes(name: str) -> bool:
