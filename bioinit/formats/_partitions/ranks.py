@@ -105,11 +105,16 @@ def put_together(merger: Merger, placed: Layout, **known: Any) -> int:
         AmbiguousFormat: nobody knows how a tensor was divided.
         RefusedCheckpoint: it is divided in a way that is not undone.
     """
-    chunks = 1
+    chunks = max(max(_by_chunk(rank)) + 1 for rank in placed.ranks.values())
     held: dict[tuple[int, int], dict[tuple[int, int], tuple[str, Tensors]]] = {}
     for (tensor, stage, expert), rank in placed.ranks.items():
         by_chunk = _by_chunk(rank)
-        chunks = max(chunks, len(by_chunk))
+        missing = next((n for n in range(len(by_chunk) + 1) if n not in by_chunk), chunks)
+        if missing < chunks:
+            raise CorruptCheckpoint(
+                f"{rank.file} in {merger.where} lacks the chunk model{missing} of its virtual "
+                f"pipeline, in which chunks 0 to {chunks - 1} are counted. Fetch or write it again."
+            )
         for chunk, tensors in by_chunk.items():
             held.setdefault((chunk, stage), {})[tensor, expert] = (rank.file, tensors)
     first_layer: dict[str, int] = {}
