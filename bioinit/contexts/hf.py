@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from bioinit.contexts._artifacts import TOKENIZER_FILES
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import CorruptCheckpoint
 from bioinit.record.notation import require_shallow
@@ -12,24 +13,7 @@ from bioinit.storage import Folder
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_CARRIED = (
-    _GENERATION,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+_CARRIED = (_GENERATION, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 
 
 def _read(folder: Folder) -> Context | None:

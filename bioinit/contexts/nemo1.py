@@ -11,9 +11,10 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from bioinit.contexts._artifacts import inside
 from bioinit.contexts._yaml import read_fields
 from bioinit.contexts.protocol import Context, ContextKind
-from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
+from bioinit.errors import CorruptCheckpoint
 from bioinit.storage import File, Folder
 
 _FILE = "model_config.yaml"
@@ -156,17 +157,11 @@ class _Artifacts:
 
     def followed(self, text: str, path: Path) -> str:
         name = text.removeprefix(_PREFIX)
-        inside = PurePosixPath(name)
-        if inside.is_absolute() or ".." in inside.parts or "\0" in name:
-            raise RefusedCheckpoint(
-                f"{self.where}: {'.'.join(map(str, path)):.200} is {text!r:.200}, which leads out "
-                "of the checkpoint. A file that was saved along lies beside the config: correct "
-                "the name, or get the checkpoint from a source you trust."
-            )
-        plain = str(inside)
+        found = inside(name, self.where, ".".join(map(str, path)))
+        plain = str(found)
         if not self.folder.has(plain):
             return text
-        own = _CHECKSUM.sub("", inside.name, count=1)
+        own = _CHECKSUM.sub("", found.name, count=1)
         key = path[-1] if path else ""
         named = _NAMES.get(key) if isinstance(key, str) and "tokenizer" in path else None
         fits = named is not None and PurePosixPath(named).suffix == PurePosixPath(own).suffix

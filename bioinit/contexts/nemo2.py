@@ -16,10 +16,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bioinit.contexts._aliases import canonical
+from bioinit.contexts._artifacts import TOKENIZER_FILES, inside
 from bioinit.contexts._fiddle import PARTIAL, TARGET, read_fiddle
 from bioinit.contexts._yaml import read_fields, unfolded
 from bioinit.contexts.protocol import Context, ContextKind
-from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
+from bioinit.errors import CorruptCheckpoint
 from bioinit.storage import File, Folder
 
 _CONTEXT = "context"
@@ -36,20 +37,6 @@ _OF_TOKENIZERS = (
     "name_or_path",
 )
 _TOKENIZER = re.compile(r"Tokenizer(Fast)?(Spec)?$")
-_FILES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
 _LONGEST_PATH = 250
 _NAMED_BY_FIELD = {
     "model_path": "tokenizer.model",
@@ -210,18 +197,14 @@ class _Artifacts:
         """The path ``text`` relative to the checkpoint; itself, if nothing lies there."""
         if len(text) > _LONGEST_PATH:  # no file has such a name, so it is none
             return text
-        path = PurePosixPath(text)
-        if path.is_absolute() or ".." in path.parts or "\0" in text:
-            raise RefusedCheckpoint(
-                f"{self.where}: {at} is {text!r:.200}, which leads out of the checkpoint. A file "
-                "that was saved along is named relative to its folder: correct the path, or get "
-                "the checkpoint from a source you trust."
-            )
+        path = inside(text, self.where, at)
         name = str(path)
         if name == ".":
             return text
         if self.place.has(name):
-            self._carry(name, path.name if path.name in _FILES else _NAMED_BY_FIELD.get(field))
+            self._carry(
+                name, path.name if path.name in TOKENIZER_FILES else _NAMED_BY_FIELD.get(field)
+            )
             return self.start + name
         if "/".join(path.parts[:1]) in self.place.folders() and self._carry_folder(path):
             return self.start + name
@@ -238,7 +221,7 @@ class _Artifacts:
                 return False
             inner = inner.folder(part)
         for name in inner.names():
-            if name in _FILES:
+            if name in TOKENIZER_FILES:
                 self.carried.setdefault(name, inner.file(name))
         return True
 

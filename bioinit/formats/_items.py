@@ -9,19 +9,19 @@ left.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
+from bioinit.formats import _archive
 from bioinit.formats.protocol import Open, StoredTensor
 from bioinit.layout import Dims
 from bioinit.storage import File, Folder
 from bioinit.storage.zip import LOCAL_START, data_start, members
 from bioinit.unpickle import Opaque, Placing, Refused, TensorRef, load
 
-PICKLE = "data.pkl"
 FIRST_READ = 1024
 LONGEST_HEAD = 1 << 20
 MOST_HEADS = 8
@@ -98,18 +98,9 @@ class Items:
             return before[1]
         window = file.window(f"{file.name}, tensor {name!r} at byte {offset}", offset, length)
         found = members(window)
-        root = _root(window, found)
-        order = f"{root}byteorder"
-        if order in found:
-            begin = data_start(window, order, found[order])
-            written = window.read(begin, min(found[order].size, 20))
-            if written != b"little":
-                raise RefusedCheckpoint(
-                    f"{window} was written with the byte order {written!r}, and only 'little' is "
-                    "read. Load it with torch on any machine and save it again."
-                )
-        member = found[f"{root}{PICKLE}"]
-        pickle_begins = data_start(window, f"{root}{PICKLE}", member)
+        root = _archive.root(window, found)
+        member = found[f"{root}{_archive.PICKLE}"]
+        pickle_begins = data_start(window, f"{root}{_archive.PICKLE}", member)
         value = load(window.read(pickle_begins, member.size), where=str(window))
         ref = _require_tensor(window, value)
         key, _, numel, _ = ref.storage
@@ -200,17 +191,6 @@ def _looks_like_header(file: File, offset: int) -> bool:
     start = file.read(offset, LENGTH_BYTES + 2)
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     return start[LENGTH_BYTES:] == b'{"' and length <= file.size - offset
-
-
-def _root(window: File, found: Iterable[str]) -> str:
-    """The folder of the archive that everything is in, with its slash."""
-    pickles = [name for name in found if name.endswith(f"/{PICKLE}") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise CorruptCheckpoint(
-            f"{window} is damaged: it is an archive with {len(pickles)} members called {PICKLE}, "
-            "and one was expected. Fetch or write it again."
-        )
-    return pickles[0].removesuffix(PICKLE)
 
 
 def _require_tensor(window: File, value: Any) -> TensorRef:
