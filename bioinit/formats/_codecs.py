@@ -96,7 +96,8 @@ class Chain(NamedTuple):
         found: Any = data
         for codec, size in zip(reversed(self.codecs), reversed(self.sizes), strict=True):
             try:
-                found = memoryview(codec.decode(found, size)).cast("B")
+                with np.errstate(all="ignore"):  # damaged numbers are numbers
+                    found = memoryview(codec.decode(found, size)).cast("B")
             except _FAILURES as error:
                 raise Undecodable(f"{codec.name}: {error}") from error
             if found.nbytes != size:
@@ -239,6 +240,8 @@ def _filter(module: str, kind: str, *keys: str) -> Callable[[str, Mapping[str, A
         given = {key: config[key] for key in keys if config.get(key) is not None}
         for key, value in given.items():
             is_good = _DTYPE.fullmatch(value) if isinstance(value, str) else _is_number(value)
+            if value == 0 and key == "scale":
+                raise ValueError(f"{key} of its codec {name!r} is {value!r}")
             if not is_good and not (key == "location" and value in ("start", "end")):
                 raise ValueError(f"{key} of its codec {name!r} is {value!r:.80}")
         try:

@@ -53,11 +53,18 @@ def backend(folder: Folder) -> str | None:
     if file.size > LONGEST_CONFIG:
         return None
     try:
-        found = json.loads(file.read(0, file.size))
+        found = json.loads(file.read(0, file.size), object_pairs_hook=_once_each)
     except (ValueError, RecursionError):
         return None
     named = found.get("sharded_backend") if isinstance(found, dict) else None
     return named if isinstance(named, str) else None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def require_readable(folder: Folder) -> None:
