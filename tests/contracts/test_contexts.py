@@ -17,6 +17,7 @@ HOSTILE = ("", "{", "[]", "null", "1", '"text"', '{"a": NaN}', "\x00", '{"model"
 def test_ours_and_hugging_face_s_are_found() -> None:
     assert {"bioinit", "hf"} <= set(names())
 
+
 PLACES = (
     "config.json context/record.json context/io.json context/model.yaml model_config.yaml "
     "run_config.yaml configs/run.yml common.pt mp_rank_00/model_optim_rng.pt"

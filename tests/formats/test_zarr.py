@@ -37,8 +37,8 @@ from bioinit.errors import (
     RefusedCheckpoint,
     UnfinishedCheckpoint,
 )
-from bioinit.formats import _codecs
-from bioinit.formats._zarray import DTYPES, gaps
+from bioinit.formats.zarr import codecs
+from bioinit.formats.zarr.header import DTYPES, gaps
 from bioinit.layout import Box, intersect
 from bioinit.load.transfer import Job, Transfer
 from bioinit.plan import Copy
@@ -687,7 +687,7 @@ def test_without_numcodecs_the_standard_library_does_what_it_can(codec, tmp_path
 
 
 def test_readers_of_one_chunk_decode_it_once_between_them():
-    cache, calls, found = _codecs.Cache(), [], []
+    cache, calls, found = codecs.Cache(), [], []
 
     def decode():
         calls.append(1)
@@ -706,7 +706,7 @@ def test_readers_of_one_chunk_decode_it_once_between_them():
 
 
 def test_only_a_few_decoded_chunks_are_kept():
-    cache, calls = _codecs.Cache(most=10), []
+    cache, calls = codecs.Cache(most=10), []
 
     def ask(key, size=4):
         cache.get(key, lambda: calls.append(key) or memoryview(bytes(size)))
@@ -956,7 +956,7 @@ def test_many_workers_decode_a_chunk_once(tmp_path, monkeypatch):
         return real()
 
     monkeypatch.setitem(
-        _codecs.COMPRESSORS, "zlib", _codecs.Codec("zlib", _codecs._streams(counting), 1100)
+        codecs.COMPRESSORS, "zlib", codecs.Codec("zlib", codecs._streams(counting), 1100)
     )
     assert torch.equal(loaded(tmp_path, "w", torch.float64), large.double())
     assert len(calls) == 1

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
-from bioinit.formats import _codecs
+from bioinit.formats.zarr import codecs
 from bioinit.layout import Box, Dims, numel, row_major
 from bioinit.storage import File, Folder
 
@@ -78,7 +78,7 @@ class Header(NamedTuple):
     strides: Dims
     separator: str | None
     fill: Any
-    codecs: _codecs.Chain | None
+    codecs: codecs.Chain | None
 
     @property
     def counts(self) -> Dims:
@@ -168,12 +168,12 @@ def read_header(root: Folder, name: str) -> Header:
     return Header(file, name, shape, chunk, dtype, strides, separator, fill, codecs)
 
 
-def _chain(file: File, size: int, found: dict[str, Any]) -> _codecs.Chain | None:
+def _chain(file: File, size: int, found: dict[str, Any]) -> codecs.Chain | None:
     try:
-        return _codecs.chain(size, found.get("filters"), found.get("compressor"))
-    except _codecs.NotDecoded as error:
+        return codecs.chain(size, found.get("filters"), found.get("compressor"))
+    except codecs.NotDecoded as error:
         raise RefusedCheckpoint(
-            f"{file} asks for {error}. Decoded are {', '.join(_codecs.known())}. {_codecs.CURE}"
+            f"{file} asks for {error}. Decoded are {', '.join(codecs.known())}. {codecs.CURE}"
         ) from error
     except ValueError as error:
         corrupt(file, str(error), error)

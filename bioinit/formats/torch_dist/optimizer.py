@@ -11,9 +11,9 @@ from bisect import bisect_right
 import torch
 
 from bioinit.errors import CorruptCheckpoint
-from bioinit.formats._index import Index, Indexed, require_untransformed
 from bioinit.formats._items import Item, Items, require_alike
 from bioinit.formats.protocol import Piece
+from bioinit.formats.torch_dist.index import Index, Indexed, require_untransformed
 from bioinit.layout import Box, Dims, numel, row_major
 from bioinit.storage import File
 from bioinit.storage.made import Made

@@ -15,11 +15,17 @@ from typing import Any
 
 from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.formats import _megatron
-from bioinit.formats._index import Index, Indexed, is_index, read_index, require_untransformed
 from bioinit.formats._items import Item, Items, require_alike
-from bioinit.formats._optimizer import Lazily
 from bioinit.formats._tiling import fault
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
+from bioinit.formats.torch_dist.index import (
+    Index,
+    Indexed,
+    is_index,
+    read_index,
+    require_untransformed,
+)
+from bioinit.formats.torch_dist.optimizer import Lazily
 from bioinit.layout import Box
 from bioinit.storage import File, Folder
 

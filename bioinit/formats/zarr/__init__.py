@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bioinit.errors import RefusedCheckpoint, StorageError, UnfinishedCheckpoint
-from bioinit.formats._codecs import Cache, Chain, Undecodable
 from bioinit.formats._megatron import CONFIG, backend, describe, folded, require_finished
-from bioinit.formats._zarray import HEADER, Header, corrupt, gaps, read_header
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
+from bioinit.formats.zarr.codecs import Cache, Chain, Undecodable
+from bioinit.formats.zarr.header import HEADER, Header, corrupt, gaps, read_header
 from bioinit.layout import Box, Dims, numel
 from bioinit.storage import File, Folder, Made, filled
 from bioinit.storage.file import identity
