@@ -24,7 +24,8 @@ _INDEX = re.compile(rf"(?P<stem>.+){_SUFFIX}\.index\.json")
 _PART = re.compile(r"(layer_\d+-model_\d+-|mp_rank_\d+_)model_states\.pt")
 _NOT_WEIGHTS = re.compile(
     r"training_args|(.*_)?optimizer.*|(lr_)?scheduler.*|rng_state.*|random_states.*|scaler.*"
-    r"|sampler.*|dl_state_dict.*|trainer_state|.*optim_states|adapter_.*|tokenizer.*|common"
+    r"|sampler.*|dl_state_dict.*|trainer_state|(latest_)?train_state|train_dataloader_.*"
+    r"|.*optim_states|adapter_.*|tokenizer.*|common"
 )
 _STEM_BY_DEFAULT = {SAFE: "model", "bin": "pytorch_model"}
 

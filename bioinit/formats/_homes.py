@@ -74,12 +74,12 @@ def _step(folder: Folder) -> Folder | None:
                     "at the file or folder that is meant."
                 )
             return folder.folder(name)
-    if has_weights:  # gathered beside the steps they come from, as transformers' Trainer does
-        return None
-    if folder.has(MEGATRON_POINTER):
+    if folder.has(MEGATRON_POINTER):  # what Megatron leaves beside its steps are never weights
         said = _pointed(folder, MEGATRON_POINTER)
         name = f"iter_{int(said):07d}" if re.fullmatch(r"\d{1,18}", said) else said
         return _named(folder, MEGATRON_POINTER, name)
+    if has_weights:  # gathered beside the steps they come from, as transformers' Trainer does
+        return None
     if folder.has(DEEPSPEED_POINTER):
         return _named(folder, DEEPSPEED_POINTER, _pointed(folder, DEEPSPEED_POINTER))
     steps = [name for name in inner if _STEP.fullmatch(name)]

@@ -105,6 +105,10 @@ _MEGATRON = (
     (r"(.*\.)?router\.(weight|bias|expert_bias|local_tokens_per_expert)", SAME),
     (r"(.*\.)?shared_experts\.gate_weight", SAME),
     (r"(.*\.)?output_layer\.(weight|bias)", ROWS),
+    # NeMo 1's T5: a readout of its own, a bias by distance that all ranks hold, a gate apart.
+    (r"(.*\.)?tokens_head\.(weight|bias)", ROWS),
+    (r"(.*\.)?relative_position_embedding\.weight", SAME),
+    (r"(.*\.)?dense_h_to_4h_2\.(weight|bias)", ROWS),
     # BERT's head: a dense layer of its own, and a bias for each word.
     (r"(.*\.)?lm_head\.(bias|weight)", ROWS),
     (r"(.*\.)?lm_head\.dense\.(weight|bias)", SAME),
