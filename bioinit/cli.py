@@ -66,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _stoppable():
-            if "" not in sys.path and os.getcwd() not in sys.path:
-                # A recipe may name a class of the project it lies in; `python -m` would find it.
-                sys.path.append(os.getcwd())
             return _dispatch(arguments)
     except _Terminated:
         return _failed(f"terminated: {_LEFT}", TERMINATED)
@@ -91,16 +88,23 @@ def _stoppable() -> Iterator[None]:
     """Inside, SIGTERM is an exception; only a main thread can ask for that."""
     if threading.current_thread() is not threading.main_thread():
         return (yield)
+    swallowed: list[type[KeyboardInterrupt]] = []
 
     def stop(number: int, frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough while we clean up
-        raise _Terminated
+        signal.signal(number, signal.SIG_IGN)  # one is enough while we clean up
+        swallowed.append(_Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise swallowed[-1]
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
+        if swallowed:  # by a library that was just being imported
+            raise swallowed[-1]
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bioinit
 from bioinit import cli
@@ -395,3 +396,15 @@ def test_help_is_quick():
 
     bare = min(seconds("-c", "pass") for _ in range(5))
     assert min(seconds("-m", "bioinit", "--help") for _ in range(5)) <= bare + 0.1
+
+
+@pytest.mark.parametrize("way", [("-m", "bioinit"), ("-c", "from bioinit.cli import main; main()")])
+def test_modules_that_lie_in_a_checkpoint_are_never_imported(tmp_path, way):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    for name in ("dill", "cuda", "pynvml", "torchcomms", "numcodecs", "transformers", "hydra"):
+        (tmp_path / f"{name}.py").write_text("open('canary', 'w')\n")
+    command = [sys.executable, "-P", *way] if way[0] == "-c" else [sys.executable, *way]
+    for words in (("inspect", "."), ("recipes",), ("plan", "recipe=auto/as_saved")):
+        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert "internal error" not in done.stderr
+    assert not (tmp_path / "canary").exists()

@@ -9,7 +9,9 @@ made.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +123,26 @@ def _model(recipe: str, family: Any, written: Any, origins: dict[str, Origin]) -
     return written if cls is None else make_record(cls, written, origins, at="model")
 
 
+@contextmanager
+def _importing_from_here(module: str) -> Iterator[None]:
+    """A recipe may name a class of the project it lies in, and only then is code run from there.
+
+    Were the current folder always searched, whatever a library tries to import and does not find
+    would be taken from it, and it may be a checkpoint. If ``module`` was found there, its folder
+    stays, for what it imports later.
+    """
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        return (yield)
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        file = getattr(sys.modules.get(module), "__file__", None) or ""
+        if not file.startswith(here + os.sep):
+            sys.path.remove(here)
+
+
 def _class_named(target: str, origins: dict[str, Origin]) -> type[TrainableModelConfig]:
     """The config class that a person's recipe names; only this is ever imported by name."""
     from bioinit.config import TrainableModelConfig
@@ -128,7 +150,8 @@ def _class_named(target: str, origins: dict[str, Origin]) -> type[TrainableModel
     where = origins["model._target_"].where
     module, _, name = str(target).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        with _importing_from_here(module):
+            found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a person's module may fail in any way while it is imported
         raise ConfigError(
             f"model._target_ ({where}): importing {target!r} failed, {type(error).__name__}: "
