@@ -1,5 +1,7 @@
 """Checkpoints that megatron-core itself writes, held against the models that it wrote them from."""
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +17,7 @@ from bioinit import formats
 from bioinit.storage import Folder
 
 DRIVER = Path(__file__).with_name("megatron_driver.py")
+FORMATS = ("torch_dist", "zarr")
 LAYOUTS = "tp1 tp2 pp2 tp2_swiglu pp2_swiglu_bf16 tp1_moe tp2_moe ep2_moe pp2_moe".split()
 SECONDS = 240
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -25,15 +28,33 @@ ON_DISK = {
 }
 
 
+def writable(format_name: str) -> bool:
+    """Whether what the driver needs for the format is installed."""
+    if format_name != "zarr":
+        return True
+    found = importlib.util.find_spec("zarr") is not None
+    return found and importlib.metadata.version("zarr").startswith("2.")
+
+
+def in_each_format(*arguments: object) -> list[object]:
+    """One case per format and argument; without zarr 2 those in zarr are skipped."""
+    no_zarr = pytest.mark.skipif(not writable("zarr"), reason="zarr 2 writes what is read here")
+    return [
+        pytest.param(name, argument, marks=no_zarr if name == "zarr" else ())
+        for name in FORMATS
+        for argument in arguments
+    ]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with one checkpoint per layout, all written by one pair of processes."""
+    """A folder per format with one checkpoint per layout, all written by one pair of processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("megatron.core", reason="megatron-core writes what is read here")
     folder = tmp_path_factory.mktemp("megatron")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(DRIVER), str(folder)],
+        [sys.executable, "-W", "ignore", str(DRIVER), str(folder), *filter(writable, FORMATS)],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -101,10 +122,10 @@ def stacked(whole: dict[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, format_name: str) -> dict[str, Tensor]:
     """Every tensor of the checkpoint at ``path``, from its pieces."""
     name, contents = formats.open_weights(Folder.at(path))
-    assert name == "torch_dist"
+    assert name == format_name
     found = {}
     for key, stored in contents.tensors.items():
         whole = torch.empty(stored.shape, dtype=stored.dtype)
@@ -117,22 +138,27 @@ def read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_tensor_is_what_the_model_held(name, saved):
-    expected, found = model_of(saved, name), read(saved / name)
+@pytest.mark.parametrize(("format_name", "name"), in_each_format(*LAYOUTS))
+def test_every_tensor_is_what_the_model_held(format_name, name, saved):
+    expected, found = model_of(saved, name), read(saved / format_name / name, format_name)
     assert set(found) == set(expected)
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype, key
         assert torch.equal(found[key], tensor), key
 
 
-@pytest.mark.parametrize(("name", "ways"), [("tp1", 1), ("tp2", 2), ("tp2_moe", 2)])
-def test_the_writer_and_its_tensor_parallel_size_are_told(name, ways, saved):
-    metadata = formats.open_weights(Folder.at(saved / name))[1].metadata
+@pytest.mark.parametrize(
+    ("format_name", "case"), in_each_format(("tp1", 1), ("tp2", 2), ("tp2_moe", 2))
+)
+def test_the_writer_and_what_it_saved_beside_the_model_are_told(format_name, case, saved):
+    name, ways = case
+    metadata = formats.open_weights(Folder.at(saved / format_name / name))[1].metadata
     assert metadata["parallel"]["tensor"] == ways
     assert metadata["writer"].startswith("megatron-core")
     assert metadata["iteration"] == 5 and metadata["checkpoint_version"] == 3.0
+    assert all(key.endswith("._extra_state") for key in metadata["byte_objects"]["names"])
 
 
 def test_the_layouts_are_those_that_the_driver_writes(saved):
-    assert {path.name for path in saved.iterdir() if path.is_dir()} == set(LAYOUTS)
+    for format_name in filter(writable, FORMATS):
+        assert {path.name for path in (saved / format_name).iterdir()} == set(LAYOUTS)
