@@ -1,13 +1,15 @@
 """Open checkpoints where no software that writes them can be imported; print digests as JSON.
 
-Run as a program, with paths; each stored tensor, and each layer of a stack of layers, gets the
-SHA-256 of its elements as float32.
+Run as a program, with paths; each stored tensor, and each layer of a stack of layers, gets its
+shape, its dtype and the SHA-256 of its elements as float32. What has a row per word of a vocabulary
+gets that of each row as well: how many rows pad it depends on the parallel layout.
 """
 
 import hashlib
 import json
 import sys
 
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 BLOCKED = ("nemo", "bionemo", "megatron", "zarr", "tensorstore", "deepspeed", "lightning")
 
 
@@ -22,28 +24,34 @@ def digest(tensor):
     return hashlib.sha256(data).hexdigest()
 
 
+def described(tensor):
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "sha256_f32": digest(tensor)}
+
+
 def digests(path):
     import bioinit
 
     with bioinit.open_checkpoint(path) as checkpoint:
         found = {}
         for name, tensor in checkpoint.tensors.items():
-            if tensor.kind != "weight" or not tensor.dtype.is_floating_point:
-                continue
             if ".layers.self_attention." in name or ".layers.mlp." in name:
                 inner = tensor.shape[1:]
                 for layer in range(tensor.shape[0]):
                     region = ((layer, *(0 for _ in inner)), (1, *inner))
                     spelled = name.replace(".layers.", f".layers.{layer}.")
-                    found[spelled] = digest(checkpoint.read(name, region)[0])
+                    found[spelled] = described(checkpoint.read(name, region)[0])
             else:
-                found[name] = digest(checkpoint.read(name))
-        context = checkpoint.context
-        return {
-            "format": checkpoint.format,
-            "tensors": found,
-            "context": None if context is None else {"model": context.model, "data": context.data},
-        }
+                whole = checkpoint.read(name)
+                found[name] = described(whole)
+                if name.endswith(VOCABULARY):
+                    found[name]["rows"] = [digest(row) for row in whole]
+        answer = {"format": checkpoint.format, "tensors": found}
+        if checkpoint.context is not None:
+            answer["config"] = bioinit.load_context(path, "model.config")
+            answer["model"] = checkpoint.context.model
+            answer["data"] = checkpoint.context.data
+        return answer
 
 
 if __name__ == "__main__":
