@@ -9,7 +9,7 @@ left.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -48,12 +48,15 @@ class Item(NamedTuple):
 class Items:
     """Locates the tensors of items. Remembers how items begin."""
 
-    def __init__(self, folder: Folder, open_inner: Open) -> None:
+    def __init__(self, folder: Folder, open_inner: Open, shared: Container[str]) -> None:
+        """``shared`` names the files in which several items lie, so that none is an image."""
         self.folder = folder
         self.open_inner = open_inner
+        self.shared = shared
         # By length of the item, then by length of its head: what a head says.
         self.heads: dict[int, dict[int, dict[bytes, Located]]] = {}
-        self.parsed: dict[tuple[str, int], tuple[int, Located]] = {}
+        # By file and offset: any number of names may be given to one item.
+        self.located: dict[tuple[str, int], tuple[int, Located]] = {}
         self.blobs: dict[tuple[str, int], tuple[Mapping[str, StoredTensor], dict[str, Dims]]] = {}
 
     def locate(self, item: Item, name: str, at: Dims) -> Located:
@@ -64,6 +67,16 @@ class Items:
             RefusedCheckpoint: only code could bring it to life, or it is compressed.
         """
         file, offset, length = item
+        before = self.located.get((file.name, offset))
+        if before is not None:
+            if before[0] != length:
+                _corrupt(
+                    file,
+                    name,
+                    f"is said to take {length} bytes from byte {offset} on, and another one "
+                    f"{before[0]} bytes from there",
+                )
+            return before[1]
         if offset + length > file.size:
             raise CorruptCheckpoint(
                 f"{file} has {file.size} bytes, but the tensor {name!r} should end at byte "
@@ -76,7 +89,9 @@ class Items:
         for size, heads in known.items():
             found = heads.get(start[:size])
             if found is not None:
-                return found._replace(offset=offset + found.offset)
+                found = found._replace(offset=offset + found.offset)
+                self.located[file.name, offset] = length, found
+                return found
         if start.startswith(LOCAL_START):
             return self._parse(item, name, start)
         if offset + LENGTH_BYTES + 1 < file.size and _looks_like_header(file, offset):
@@ -86,16 +101,6 @@ class Items:
     def _parse(self, item: Item, name: str, start: bytes) -> Located:
         """What the archive says by itself, from the directory at its end."""
         file, offset, length = item
-        before = self.parsed.get((file.name, offset))
-        if before is not None:
-            if before[0] != length:
-                _corrupt(
-                    file,
-                    name,
-                    f"is said to take {length} bytes from byte {offset} on, and another one "
-                    f"{before[0]} bytes from there",
-                )
-            return before[1]
         window = file.window(f"{file.name}, tensor {name!r} at byte {offset}", offset, length)
         found = members(window)
         root = _archive.root(window, found)
@@ -120,13 +125,20 @@ class Items:
             if len(by_size) < MOST_HEADS or begin in by_size:
                 by_size.setdefault(begin, {})[head[:begin]] = located
         found_here = located._replace(offset=offset + at)
-        self.parsed[file.name, offset] = length, found_here
+        self.located[file.name, offset] = length, found_here
         return found_here
 
     def _in_blob(self, item: Item, name: str, at: Dims) -> Located:
         """The same where all tensors of a file are in one safetensors image."""
         file, offset, _ = item
         key = (file.name, offset)
+        if file.name in self.shared:
+            _corrupt(
+                file,
+                name,
+                f"is said to lie in a safetensors image at byte {offset}, which reaches to the end "
+                "of the file, and other items are said to lie there too",
+            )
         if key not in self.blobs:
             window = file.window(f"{file.name} from byte {offset}", offset, file.size - offset)
             alone = Folder.over(self.folder.path, {"image.safetensors": window})
@@ -146,6 +158,11 @@ class Items:
         stored = tensors[name]
         piece = stored.pieces[0]
         return Located(stored.shape, stored.dtype, offset + piece.offset, piece.box.strides)
+
+
+def begins_item(file: File, offset: int) -> bool:
+    """Whether a tensor of its own begins there, rather than an image of several."""
+    return offset + 4 <= file.size and file.read(offset, 4) == LOCAL_START
 
 
 def saved_offsets(file: File, metadata: Mapping[str, Any]) -> dict[str, Dims]:

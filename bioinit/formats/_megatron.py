@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,7 +35,16 @@ _PARALLEL = {
     "virtual": "virtual_pipeline_model_parallel_size",
     "data": "data_parallel_size",
 }
-_BESIDE = (COMMON, "run_config.yaml", "train_state.pt", "latest_train_state.pt")
+_BRIDGE = ("run_config.yaml", "train_state.pt")
+_BESIDE = re.compile(
+    r"common\.pt|run_config\.yaml|(latest_)?train_state\.pt|train_dataloader_\w+\.pt|\.metadata\.tmp"
+)
+_INSIDE = ("tokenizer",)
+
+
+def wrote(folder: Folder) -> bool:
+    """Whether Megatron wrote this, and not torch alone."""
+    return any(name in folder.names() for name in (CONFIG, COMMON))
 
 
 def is_begun(folder: Folder) -> bool:
@@ -42,7 +52,12 @@ def is_begun(folder: Folder) -> bool:
     names = folder.names()
     if CONFIG in names:
         return backend(folder) == BACKEND
-    return COMMON in names and not folder.folders() and all(name in _BESIDE for name in names)
+    begun = COMMON in names or all(name in names for name in _BRIDGE)
+    return (
+        begun
+        and all(name in _INSIDE for name in folder.folders())
+        and all(_BESIDE.fullmatch(name) for name in names)
+    )
 
 
 def backend(folder: Folder) -> str | None:

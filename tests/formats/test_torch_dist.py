@@ -30,7 +30,6 @@ from bioinit.errors import (
     UnfinishedCheckpoint,
     UnknownFormat,
 )
-from bioinit.formats import torch_dist
 from bioinit.formats.protocol import Contents
 from bioinit.storage import Folder
 
@@ -245,29 +244,56 @@ def test_nested_state_and_its_objects_are_listed_by_their_dotted_names(tmp_path)
     assert same_bits(whole(contents, "app.optim.state.0.exp_avg"), moment)
 
 
+OPTIMIZERS = [
+    "optimizer.state.exp_avg.module.decoder.layers.mlp.linear_fc1.weight",
+    "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param",
+    "chained_1.optimizer.state.fp32_param.module.output_layer.weight",
+    "optim.state.layers.0.wq.weight.exp_avg",
+    "optimizer.param_groups.layers.0.wq.weight.lr",
+    "optimizer_states.0.exp_avg",
+    "generator_optim.state.0.step",
+    "app.optim.state.0.step",
+]
+PERHAPS = ["train_state.step", "lr_scheduler.last_epoch", "scaler.mean", "loops.0", "rng.state"]
+
+
+@pytest.mark.parametrize("beside", ["net.weight", "model.net.weight"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_an_optimizer_is_no_weight_whatever_lies_beside_it(name, beside, tmp_path):
+    save({name: torch.ones(2), beside: torch.ones(2)}, tmp_path)
+    kinds = {key: stored.kind for key, stored in opened(tmp_path).tensors.items()}
+    assert kinds == {name: "optimizer", beside: "weight"}
+
+
+@pytest.mark.parametrize("name", PERHAPS)
+def test_modules_that_are_called_like_state_of_training_are_weights_of_a_bare_model(name, tmp_path):
+    save({name: torch.ones(2), "net.weight": torch.ones(2)}, tmp_path)
+    assert {stored.kind for stored in opened(tmp_path).tensors.values()} == {"weight"}
+
+
+@pytest.mark.parametrize("name", PERHAPS)
+@pytest.mark.parametrize("container", ["model", "app", "module", "state_dict"])
+def test_beside_a_model_in_a_container_they_are_state_of_training(name, container, tmp_path):
+    save({name: torch.ones(2), f"{container}.net.weight": torch.ones(2)}, tmp_path)
+    assert opened(tmp_path).tensors[name].kind == "optimizer"
+
+
+@pytest.mark.parametrize("name", PERHAPS)
+def test_what_megatron_wrote_beside_its_weights_is_state_of_training(name, tmp_path):
+    write_megatron(tmp_path, {name: [((0,), torch.ones(2))], "w.weight": [((0,), torch.ones(2))]})
+    assert opened(tmp_path).tensors[name].kind == "optimizer"
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "optimizer.state.exp_avg.module.decoder.layers.mlp.linear_fc1.weight",
-        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param",
-        "chained_1.optimizer.state.fp32_param.module.output_layer.weight",
-        "optim.state.layers.0.wq.weight.exp_avg",
-        "optimizer.param_groups.layers.0.wq.weight.lr",
-        "app.optim.state.0.step",
-        "train_state.step",
-        "lr_scheduler.last_epoch",
+        *("model.layers.0.weight", "optimizer", "head.state.weight", "w", "optimized.head.weight"),
+        *("optim_proj.weight", "decoder.optimizer.weight"),
     ],
 )
-def test_state_of_training_is_no_weight(name):
-    assert torch_dist.is_training_state(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["model.layers.0.weight", "optimizer", "head.state.weight", "w", "optimized.head.weight"],
-)
-def test_weights_are_no_state_of_training(name):
-    assert not torch_dist.is_training_state(name)
+def test_weights_are_no_state_of_training(name, tmp_path):
+    save({name: torch.ones(2), "net.weight": torch.ones(2)}, tmp_path)
+    assert opened(tmp_path).tensors[name].kind == "weight"
 
 
 def test_optimizer_tensors_are_listed_unread_and_readable_in_any_part(tmp_path):
@@ -392,6 +418,59 @@ def test_an_index_per_rank_is_read_as_one(tmp_path):
     (tmp_path / ".metadata").unlink()
     contents = opened(tmp_path)
     assert same_bits(whole(contents, "w"), torch.cat([t for _, t in SQUARE["w"]]))
+
+
+def write_ranks(folder: Path) -> None:
+    """Two ranks that did not talk to each other, each with a file and an index of its own."""
+    for rank in (0, 1):
+        alone = folder / f"rank{rank}"
+        save({f"t{rank}": torch.ones(2)}, alone)
+        (alone / ".metadata").rename(folder / f"__{rank}.metadata")
+        (alone / "__0_0.distcp").rename(folder / f"__{rank}_0.distcp")
+        alone.rmdir()
+    index = pickle.loads((folder / "__1.metadata").read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = "__1_0.distcp"
+    (folder / "__1.metadata").write_bytes(pickle.dumps(index))
+
+
+def test_a_rank_without_its_index_is_unfinished(tmp_path):
+    write_ranks(tmp_path)
+    assert set(opened(tmp_path).tensors) == {"t0", "t1"}
+    (tmp_path / "__1.metadata").unlink()
+    with pytest.raises(UnfinishedCheckpoint, match=r"__1\.metadata.* is missing"):
+        opened(tmp_path)
+
+
+def test_a_file_that_the_index_of_its_rank_does_not_name_is_unfinished(tmp_path):
+    write_ranks(tmp_path)
+    (tmp_path / "__1_1.distcp").write_bytes(b"x")
+    with pytest.raises(UnfinishedCheckpoint, match=r"__1_1.*__1\.metadata.* does not name it"):
+        opened(tmp_path)
+
+
+def test_files_of_another_save_that_no_index_names_are_said(tmp_path):
+    save({"w": torch.ones(2)}, tmp_path)
+    assert "ignored" not in opened(tmp_path).metadata
+    (tmp_path / "__7_0.distcp").write_bytes((tmp_path / "__0_0.distcp").read_bytes())
+    (tmp_path / "__8_0.distcp").touch()
+    assert opened(tmp_path).metadata["ignored"] == {"__7_0.distcp": "no index names it"}
+
+
+def test_a_step_of_bridge_that_was_stopped_at_once_is_unfinished(tmp_path):
+    (tmp_path / "run_config.yaml").write_text("model: {}")
+    torch.save({"step": torch.tensor(1)}, tmp_path / "train_state.pt")
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(UnfinishedCheckpoint, match=r"no \.metadata"):
+        opened(tmp_path)
+
+
+def test_an_index_larger_than_any_is_not_even_read(tmp_path):
+    save({"w": torch.ones(2)}, tmp_path)
+    with open(tmp_path / ".metadata", "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CorruptCheckpoint, match="no index has more than"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -572,6 +651,47 @@ def test_items_that_overlap_are_corrupt(tmp_path):
     write_chunks(tmp_path, SQUARE, change=overlap)
     with pytest.raises(CorruptCheckpoint, match="inside another one"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("state", [["a", "b"], ["a", "a"]], ids=["two tensors", "two chunks"])
+def test_an_item_is_one_chunk_of_one_tensor(state, tmp_path):
+    """Both would be given the same numbers."""
+
+    def alias(metadata: Metadata) -> None:
+        first, second = metadata.storage_data.values()
+        second.__dict__.update(first.__dict__)
+
+    names = dict.fromkeys(state)
+    chunks = [((0,), torch.ones(2)), ((2,), torch.zeros(2))]
+    tensors = {"a": chunks} if len(names) == 1 else {n: chunks[:1] for n in names}
+    write_chunks(tmp_path, tensors, change=alias)
+    with pytest.raises(CorruptCheckpoint, match=r"'a'.* lie in the same item of __0_0\.distcp"):
+        opened(tmp_path)
+
+
+def test_items_do_not_lie_in_an_image_of_other_tensors(tmp_path):
+    save({"a": torch.ones(2), "b": torch.ones(9)}, tmp_path)
+    image = tmp_path / "image"
+    save({"a": torch.ones(2)}, image, serialization_format=SerializationFormat.SAFETENSORS)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    places = {index.fqn: place for index, place in metadata.storage_data.items()}
+    first = (image / "__0_0.distcp").read_bytes()
+    second = (tmp_path / "__0_0.distcp").read_bytes()[places["b"].offset :][: places["b"].length]
+    (tmp_path / "__0_0.distcp").write_bytes(first + second)
+    places["a"].offset, places["a"].length, places["b"].offset = 0, 0, len(first)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CorruptCheckpoint, match="other items"):
+        opened(tmp_path)
+
+
+def test_any_number_of_names_of_one_item_cost_one_look_at_it(tmp_path):
+    write_chunks(tmp_path, {"optimizer.state.x": [((0,), torch.arange(3.0))]})
+    contents = opened(tmp_path)
+    made = contents.files[-1]
+    made.read(0, 12)
+    before = contents.files[0].bytes_read
+    assert made.read(0, 12) == torch.arange(3.0).numpy().tobytes()
+    assert contents.files[0].bytes_read == before + 12
 
 
 def test_a_chunk_that_torchs_writer_lost_is_said(tmp_path):

@@ -9,14 +9,15 @@ of all ``metadata.json``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import pairwise
 from typing import Any
 
 from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.formats import _megatron
-from bioinit.formats._items import Item, Items, require_alike
+from bioinit.formats._items import Item, Items, begins_item, require_alike
 from bioinit.formats._tiling import fault
+from bioinit.formats._training import training_state
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
 from bioinit.formats.torch_dist.index import (
     Index,
@@ -34,12 +35,6 @@ INDEX = ".metadata"
 RANK_INDEX = re.compile(r"__(\d{1,6})\.metadata")
 RANK_FILE = re.compile(r".*__(\d{1,6})_\d{1,6}\.distcp")
 SHOWN = 4
-_TRAINING = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*)?|(lr_|opt_param_)?schedulers?|.*rng_states?|scaler|callbacks|loops"
-    r"|train_state|train(_)?er_state|dataloader.*|chained_\d+"
-)
-_OPTIMIZER = re.compile(r"optim(izer)?s?")
-_OF_OPTIMIZER = ("state", "param_groups", "distributed")
 
 
 def _recognizes(folder: Folder) -> bool:
@@ -62,26 +57,27 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         return open_inner(folder.around)  # one part stands for the whole
     index = _read_indices(folder)
     files = _files(folder, index)
-    items = Items(folder, open_inner)
-    lazily = Lazily(index, items, files)
-    weights = {name for name in index.tensors if not is_training_state(name)}
-    _require_apart(folder, index, weights)
-    numbers = {name: number for number, name in enumerate(files)}
-    tensors: dict[str, StoredTensor] = {}
+    others = training_state(index.tensors, by_megatron=_megatron.wrote(folder))
     unreadable: dict[str, str] = {}
     for name, indexed in index.tensors.items():
-        kind = "weight" if name in weights else "optimizer"
         wrong = fault(indexed.shape, indexed.chunks)
-        if wrong is not None and kind == "weight":
+        if wrong is not None and name not in others:
             raise CorruptCheckpoint(
                 f"{folder.path}/{INDEX} is damaged: in the tensor {name!r} {wrong}. Fetch or write "
                 "the checkpoint again."
             )
         if wrong is not None:
             unreadable[name] = wrong
-        elif kind == "optimizer":
+    items = Items(folder, open_inner, _require_apart(folder, index, files, others))
+    lazily = Lazily(index, items, files)
+    numbers = {name: number for number, name in enumerate(files)}
+    tensors: dict[str, StoredTensor] = {}
+    for name, indexed in index.tensors.items():
+        if name in unreadable:
+            continue
+        if name in others:
             tensors[name] = StoredTensor(
-                indexed.shape, indexed.dtype, lazily.pieces(name, indexed, len(files)), kind
+                indexed.shape, indexed.dtype, lazily.pieces(name, indexed, len(files)), "optimizer"
             )
         else:
             pieces = _pieces(index, name, indexed, items, files, numbers)
@@ -91,19 +87,6 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         metadata["unreadable"] = unreadable
     every = tuple(files.values())
     return Contents((*every, lazily.file()) if lazily.size else every, tensors, metadata)
-
-
-def is_training_state(name: str) -> bool:
-    """Whether ``name`` is that of a tensor of an optimizer and the like, which are no weights."""
-    parts = name.split(".", 3)
-    if len(parts) == 1:
-        return False
-    if _TRAINING.fullmatch(parts[0]):
-        return True
-    return any(
-        _OPTIMIZER.fullmatch(part) and after.split(".", 1)[0] in _OF_OPTIMIZER
-        for part, after in pairwise(parts[1:])
-    )
 
 
 def _read_indices(folder: Folder) -> Index:
@@ -123,8 +106,36 @@ def _read_indices(folder: Folder) -> Index:
     index = Index()
     for name in found:
         read_index(folder.file(name), index)
+    if found != [INDEX]:
+        _require_all_ranks(folder, index)
     _megatron.require_finished(folder)
     return index
+
+
+def _require_all_ranks(folder: Folder, index: Index) -> None:
+    """Raise if a rank stored something, and the index that it wrote afterwards is not there."""
+    names = folder.names()
+    unnamed = _unnamed(folder, {place.path for place in index.places.values()})
+    stored = {*unnamed, *(name for name in names if RANK_FILE.fullmatch(name))}
+    for name in sorted(stored):
+        rank = RANK_FILE.fullmatch(name)
+        if rank is None or f"__{rank[1]}{INDEX}" not in names or name in unnamed:
+            lacks = f"__{rank[1]}{INDEX}" if rank is not None else INDEX
+            said = "does not name it" if lacks in names else "is missing"
+            raise UnfinishedCheckpoint(
+                f"{folder.path} holds {name}, but {lacks}, which its rank writes after it, {said}: "
+                "the writer was stopped, or a part was not fetched. Fetch it, or point at a "
+                "checkpoint that was finished."
+            )
+
+
+def _unnamed(folder: Folder, known: Container[str]) -> list[str]:
+    """Files of items that no index names; empty ones are of ranks that had nothing to store."""
+    return [
+        name
+        for name in folder.names()
+        if name.endswith(SUFFIX) and name not in known and folder.file(name).size
+    ]
 
 
 def _files(folder: Folder, index: Index) -> dict[str, File]:
@@ -145,23 +156,45 @@ def _files(folder: Folder, index: Index) -> dict[str, File]:
     return {path: folder.file(path) for path in wanted}
 
 
-def _require_apart(folder: Folder, index: Index, weights: set[str]) -> None:
-    """Raise if items of weights overlap: no item is then looked at more than once."""
-    by_file: dict[str, dict[int, int]] = {}
+def _require_apart(
+    folder: Folder, index: Index, files: dict[str, File], others: set[str]
+) -> set[str]:
+    """Raise if items of weights overlap, or two chunks of them lie in one item.
+
+    Only a safetensors image holds several tensors, and one chunk of each. Returns the files in
+    which several items lie.
+    """
+    held: dict[str, dict[int, list[tuple[str, int]]]] = {}
     for (name, _), (path, offset, length, _) in index.places.items():
-        if name in weights:
-            held = by_file.setdefault(path, {})
-            held[offset] = min(length, held.get(offset, length))
-    for path, held in by_file.items():
-        end = 0
-        for offset in sorted(held):
+        if name in index.tensors and name not in others:
+            held.setdefault(path, {}).setdefault(offset, []).append((name, length))
+    for path, items in held.items():
+        end, before = 0, ""
+        for offset, inside in sorted(items.items()):
             if offset < end:
                 raise CorruptCheckpoint(
-                    f"{folder.path}/{INDEX} is damaged: it lets an item in {path} begin at byte "
-                    f"{offset}, inside another one, which ends at byte {end}. Fetch or write the "
-                    "checkpoint again."
+                    f"{folder.path}/{INDEX} is damaged: it lets the item of {inside[0][0]!r} in "
+                    f"{path} begin at byte {offset}, inside another one, that of {before!r}, which "
+                    f"ends at byte {end}. Fetch or write the checkpoint again."
                 )
-            end = offset + held[offset]
+            if len(inside) > 1:
+                _require_image(folder, files[path], offset, [name for name, _ in inside])
+            end, before = offset + min(length for _, length in inside), inside[0][0]
+    return {path for path, items in held.items() if len(items) > 1}
+
+
+def _require_image(folder: Folder, file: File, offset: int, names: list[str]) -> None:
+    """Raise if no image of several tensors begins at ``offset``, where ``names`` should lie."""
+    names.sort()
+    twice = next((one for one, other in pairwise(names) if one == other), None)
+    if twice is None and not begins_item(file, offset):
+        return
+    what = f"{names[0]!r} and {names[1]!r}" if twice is None else f"two chunks of {twice!r}"
+    kept = "" if twice is None else ", of which a writer kept only one of several chunks"
+    raise CorruptCheckpoint(
+        f"{folder.path}/{INDEX} is damaged: it lets {what} lie in the same item of {file.name}, at "
+        f"byte {offset}{kept}. Fetch or write the checkpoint again."
+    )
 
 
 def _pieces(
@@ -210,6 +243,9 @@ def _describe(
             "count": len(index.objects),
             "names": _megatron.folded(index.objects),
         }
+    ignored = dict.fromkeys(_unnamed(folder, files), "no index names it")
+    if ignored:
+        metadata["ignored"] = ignored
     torch_writer = f"torch.distributed.checkpoint {index.version or 'before 1.0.0'}"
     metadata.update(_megatron.describe(folder, torch_writer, tensors))
     return metadata

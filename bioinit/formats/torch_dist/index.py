@@ -19,6 +19,9 @@ from bioinit.unpickle import SYMBOLS, Opaque, Symbol, load
 
 MOST_DIMS = 64
 MOST = 1 << 63
+LARGEST = 1 << 31
+"""Of 70 billion weights with their optimizer on 1000 ranks, an index has some 100 MiB."""
+
 SMALLEST_CHUNK = 16
 """Bytes that a chunk takes in an index, at the very least."""
 
@@ -64,9 +67,6 @@ class Index:
     room: int = 0
     """How many more chunks there can be: a pickle can name one list of them many times."""
 
-    reshaped: dict[str, Dims] = field(default_factory=dict)
-    """Tensors that Megatron stores flattened, and the shape they have in the model."""
-
     def place(self, name: str, at: Dims) -> Place | None:
         """Where the chunk of ``name`` that begins ``at`` lies."""
         found = self.places.get((name, at))
@@ -87,6 +87,8 @@ def read_index(file: File, into: Index) -> None:
     Raises:
         CorruptCheckpoint: it contradicts itself, or is no index.
     """
+    if file.size > LARGEST:
+        _corrupt(file, f"it has {file.size} bytes, and no index has more than {LARGEST}")
     data = file.read(0, file.size)
     value = _without_plans(data, str(file))
     if value is None:
@@ -106,7 +108,6 @@ def read_index(file: File, into: Index) -> None:
     if type(stored) is not dict:
         _corrupt(file, f"its storage_data are a {type(stored).__name__}, not a table of places")
     _add_places(file, into, stored)
-    _note_reshaped(state.get("mcore_data"), into)
 
 
 def _without_plans(data: bytes, where: str) -> Any:
@@ -207,16 +208,6 @@ def _add_places(file: File, into: Index, stored: dict[Any, Any]) -> None:
             places.setdefault(where, found)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         _corrupt(file, f"its storage_data make no sense at entry {len(places)}: {_said(error)}")
-
-
-def _note_reshaped(noted: Any, into: Index) -> None:
-    """Megatron's own notes; they are not needed to read anything, so nonsense is passed over."""
-    if type(noted) is not dict:
-        return
-    for name, entry in noted.items():
-        shape = entry.get("nd_reformulated_orig_global_shape") if type(entry) is dict else None
-        if type(name) is str and type(shape) is tuple and all(type(n) is int for n in shape):
-            into.reshaped[name] = shape
 
 
 def _state(file: File, value: Any) -> dict[str, Any]:
