@@ -68,7 +68,16 @@ def describe(checkpoint: Checkpoint, *, with_tensors: bool = False) -> dict[str,
                 "shape": list(tensor.shape),
                 "dtype": _name(tensor.dtype),
                 "kind": tensor.kind,
-                "pieces": len(tensor.pieces),
+                "pieces": [
+                    {
+                        "file": piece.file,
+                        "offset": piece.offset + piece.box.start * tensor.dtype.itemsize,
+                        "at": list(piece.box.offsets),
+                        "sizes": list(piece.box.sizes),
+                        "strides": list(piece.box.strides),
+                    }
+                    for piece in tensor.pieces
+                ],
             }
             for key, tensor in checkpoint.tensors.items()
         ]
@@ -78,9 +87,11 @@ def describe(checkpoint: Checkpoint, *, with_tensors: bool = False) -> dict[str,
 def lines(document: Mapping[str, Any]) -> Iterator[str]:
     """The same for a person, in short; the document has all of it."""
     metadata = document["metadata"]
-    inside = metadata.get("format")
+    inside = metadata.get("inside")
     yield f"path      {document['path']}"
-    yield f"format    {document['format']}" + (f", inside {inside}" if inside else "")
+    yield f"format    {document['format']}" + (
+        f", inside {inside}" if inside not in (None, document["format"]) else ""
+    )
     for key in ("writer", "layout"):
         if isinstance(metadata.get(key), str):
             yield f"{key:<10}{metadata[key]}"
@@ -89,15 +100,18 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"parallel  {sizes}"
     for key in ("dialect", "family"):
         yield f"{key:<10}{document[key] or 'unknown'}"
+    if metadata.get("iteration") is not None:
+        yield f"step      {metadata['iteration']}"
     yield f"tensors   {document['tensors']}, {human_bytes(document['bytes'])}"
     optimizer = document["kinds"].get("optimizer")
     if optimizer:
         yield (
-            f"          {optimizer['tensors']} of them, {human_bytes(optimizer['bytes'])}, are "
-            "state of the optimizer, which init never reads"
+            f"          of these {optimizer['tensors']} tensors, "
+            f"{human_bytes(optimizer['bytes'])}, are state of the optimizer, which init never reads"
         )
     for name, counts in document["dtypes"].items():
-        yield f"dtype     {name}: {counts['tensors']} tensors, {human_bytes(counts['bytes'])}"
+        many = "tensor" if counts["tensors"] == 1 else "tensors"
+        yield f"dtype     {name}: {counts['tensors']} {many}, {human_bytes(counts['bytes'])}"
     yield from _files(document["files"])
     yield from _notes(metadata)
     yield from _context(document["context"])
@@ -108,9 +122,9 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _files(files: list[dict[str, Any]]) -> Iterator[str]:
+    files = [file for file in files if "how" not in file] or files
     for file in files[:FILES_SHOWN]:
-        made = f" ({file['how']})" if "how" in file else ""
-        yield f"file      {file['path']}, {human_bytes(file['bytes'])}{made}"
+        yield f"file      {file['path']}, {human_bytes(file['bytes'])}"
     if len(files) > FILES_SHOWN:
         yield f"          and {len(files) - FILES_SHOWN} more; --json lists all"
 
@@ -129,7 +143,7 @@ def _notes(metadata: Mapping[str, Any]) -> Iterator[str]:
     unreadable = metadata.get("unreadable")
     if unreadable:
         name, why = next(iter(unreadable.items()))
-        yield f"damaged   {len(unreadable)} tensors of no weight, such as {name}: {why}"
+        yield f"damaged   state of the optimizer, {len(unreadable)} tensors, such as {name}: {why}"
     if metadata.get("doubt"):
         yield f"doubt     {metadata['doubt']}"
     ignored = metadata.get("ignored")
@@ -150,7 +164,7 @@ def _context(context: Mapping[str, Any] | None) -> Iterator[str]:
     for name in shown:
         yield f"          {name}: {data[name]}"
     if len(data) > len(shown):
-        yield f"          and {len(data) - len(shown)} more fields; --json lists all"
+        yield f"          {len(data) - len(shown)} more in --json"
 
 
 def _is_short(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
@@ -132,8 +133,7 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.path} holds no tensor {name!r}. {suggestion(name, self.tensors)}".rstrip()
             )
-        offsets, sizes = region or ((0,) * len(tensor.shape), tensor.shape)
-        _require_inside(name, tensor.shape, offsets, sizes)
+        offsets, sizes = _region(name, tensor.shape, region)
         try:
             result = torch.empty(sizes, dtype=tensor.dtype)
         except (RuntimeError, MemoryError) as error:
@@ -171,13 +171,28 @@ class Checkpoint:
         self.folder.close()
 
 
-def _require_inside(name: str, shape: Dims, offsets: Dims, sizes: Dims) -> None:
+def _region(name: str, shape: Dims, region: Region | None) -> Region:
+    """Offsets and sizes of ``region`` of a tensor, all of it if None.
+
+    Raises:
+        ConfigError: it is no region, or lies outside.
+    """
+    if region is None:
+        return (0,) * len(shape), shape
+    try:
+        offsets, sizes = (tuple(map(operator.index, part)) for part in region)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"the region {region!r:.200} of {name!r} is not a pair of offsets and sizes, such as "
+            f"({(0,) * len(shape)}, {shape})."
+        ) from None
     fits = len(offsets) == len(sizes) == len(shape) and all(
         0 <= low and 0 <= size and low + size <= whole
         for low, size, whole in zip(offsets, sizes, shape, strict=True)
     )
     if not fits:
         raise ConfigError(
-            f"the region with offsets {tuple(offsets)} and sizes {tuple(sizes)} does not lie in "
-            f"{name!r}, which has the shape {shape}."
+            f"the region with offsets {offsets} and sizes {sizes} does not lie in {name!r}, which "
+            f"has the shape {shape}."
         )
+    return offsets, sizes

@@ -36,6 +36,7 @@ _OF_TOKENIZERS = (
     "pretrained_model_name",
     "name_or_path",
 )
+_NAMES_OR_PATHS = ("pretrained_model_name", "name_or_path")
 _TOKENIZER = re.compile(r"Tokenizer(Fast)?(Spec)?$")
 _LONGEST_PATH = 250
 _NAMED_BY_FIELD = {
@@ -62,7 +63,7 @@ def _read(folder: Folder) -> Context | None:
         tree = (
             {**tree, "model": _Merging().of(tree["model"], written["model"])} if tree else written
         )
-    artifacts = _Artifacts(place, where or in_force)
+    artifacts = _Artifacts(place, " and ".join(filter(None, (where, in_force))))
     tree = artifacts.of(tree, "")
     model = tree["model"]
     if not isinstance(model, dict):
@@ -196,6 +197,8 @@ class _Artifacts:
     def _followed(self, text: str, at: str, field: str) -> str:
         """The path ``text`` relative to the checkpoint; itself, if nothing lies there."""
         if len(text) > _LONGEST_PATH:  # no file has such a name, so it is none
+            return text
+        if field in _NAMES_OR_PATHS and text.startswith("/"):  # of the machine that wrote it
             return text
         path = inside(text, self.where, at)
         name = str(path)

@@ -58,7 +58,7 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
     if around is not None and _directory.stands_for_directory(folder.names()[0]):
         with collector.paused():
             found = _open_directory(around, pointed_at=folder.names()[0])
-        return found[0], _checked(folder, found[1], _homes.homes(folder))
+        return found[0], _checked(folder, found[1], _homes.homes(folder, _fits))
     if around is not None and (ranks := _homes.whole(around)) is not around:
         return _open(ranks)
     return _open(folder)
@@ -67,7 +67,7 @@ def open_weights(folder: Folder) -> tuple[str, Contents]:
 def _open(folder: Folder) -> tuple[str, Contents]:
     """Open the file, or the folder in which weights lie, that ``folder`` is or leads to."""
     with collector.paused():
-        way = _homes.homes(folder)
+        way = _homes.homes(folder, _fits)
         name, contents = _open_file(folder) if folder.is_file else _open_directory(way[0])
         return name, _checked(folder, contents, way)
 
@@ -85,18 +85,18 @@ def homes(folder: Folder) -> tuple[Folder, ...]:
     Raises:
         CheckpointError: what stands there contradicts itself, or is not finished.
     """
-    way = _homes.homes(folder)
+    way = _homes.homes(folder, _fits)
     last = folder if folder.is_file else way[0]
     for name in _fitting(last):
         unpack = load(name).unpack
         if unpack is not None:
-            return (*_homes.homes(unpack(last)), *way)
+            return (*_homes.homes(unpack(last), _fits), *way)
     return way
 
 
 def _open_inner(folder: Folder) -> Contents:
     name, contents = _open(folder)
-    return replace(contents, metadata={"format": name, **contents.metadata})
+    return replace(contents, metadata={**contents.metadata, "inside": name})
 
 
 def _open_file(folder: Folder) -> tuple[str, Contents]:
@@ -140,6 +140,10 @@ def _require_text(folder: Folder, contents: Contents) -> None:
             f"{folder.path} ({files}) names a tensor {half!r} or longer, which is no text. Fetch "
             "or write it again."
         ) from error
+
+
+def _fits(folder: Folder) -> bool:
+    return bool(_fitting(folder))
 
 
 def _fitting(folder: Folder) -> list[str]:

@@ -8,6 +8,7 @@ file that names the latest. Every folder on the way is a *home*: a saved config 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from bioinit.errors import AmbiguousFormat, CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.formats import _directory
@@ -16,8 +17,11 @@ from bioinit.storage import Folder
 MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 DEEPSPEED_POINTER = "latest"
 WRAPPED = ("weights", "model_weights")
-_MARKS = ("metadata.json", ".metadata", "common.pt")
-_ARRAY = ".zarray"
+"""What NeMo 2 and NeMo 1 call the folder of weights."""
+
+BESIDE_OPTIMIZERS = ("model", "pytorch_model_fsdp_0")
+"""What NeMo Automodel and Accelerate call it. Others use such a name for other things."""
+
 _NEMO_1, _NEMO_1_WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _STEP = re.compile(r"iter_\d+|global_step\d+|release")
 _RANK = re.compile(r"(mp|tp)_rank_\d+(_.+)?")
@@ -26,7 +30,11 @@ LONGEST_POINTER = 4096
 DEEPEST = 8
 
 
-def homes(folder: Folder) -> tuple[Folder, ...]:
+Fits = Callable[[Folder], bool]
+"""Whether a format recognizes a folder."""
+
+
+def homes(folder: Folder, fits: Fits) -> tuple[Folder, ...]:
     """The folders of one checkpoint, that of its weights first, the one pointed at last.
 
     A folder above it that belongs to it, of NeMo 2's ``weights/`` for example, comes after that.
@@ -39,7 +47,7 @@ def homes(folder: Folder) -> tuple[Folder, ...]:
     if folder.is_file:
         return (folder,) if folder.around is None else (folder.around,)
     way = [whole(folder)]
-    while len(way) < DEEPEST and (inner := _step(way[-1])) is not None:
+    while len(way) < DEEPEST and (inner := _step(way[-1], fits)) is not None:
         way.append(inner)
     above, name = way[0].parent, way[0].path.name
     if above is not None and (name in WRAPPED or _STEP.fullmatch(name)):
@@ -60,12 +68,12 @@ def whole(folder: Folder) -> Folder:
     return above if above is not None and _RANK.fullmatch(folder.path.name) else folder
 
 
-def _step(folder: Folder) -> Folder | None:
+def _step(folder: Folder, fits: Fits) -> Folder | None:
     """The folder inside ``folder`` that holds its weights, or None if they are not further in."""
     inner = folder.folders()
     has_weights = _directory.has_weights(folder)
     for name in WRAPPED:
-        if name in inner and _holds_shards(folder.folder(name)):
+        if name in inner and _holds(folder.folder(name), fits):
             # In a tree of NeMo 1 a .pt beside the weights is an artifact.
             is_nemo = folder.has(_NEMO_1) and not folder.has(_NEMO_1_WEIGHTS)
             if has_weights and not is_nemo:
@@ -74,6 +82,10 @@ def _step(folder: Folder) -> Folder | None:
                     "at the file or folder that is meant."
                 )
             return folder.folder(name)
+    if not has_weights and not fits(folder):
+        for name in BESIDE_OPTIMIZERS:
+            if name in inner and fits(folder.folder(name)):
+                return folder.folder(name)
     if folder.has(MEGATRON_POINTER):  # what Megatron leaves beside its steps are never weights
         said = _pointed(folder, MEGATRON_POINTER)
         name = f"iter_{int(said):07d}" if re.fullmatch(r"\d{1,18}", said) else said
@@ -83,7 +95,7 @@ def _step(folder: Folder) -> Folder | None:
     if folder.has(DEEPSPEED_POINTER):
         return _named(folder, DEEPSPEED_POINTER, _pointed(folder, DEEPSPEED_POINTER))
     steps = [name for name in inner if _STEP.fullmatch(name)]
-    if not steps or _holds_shards(folder):
+    if not steps or fits(folder):
         return None
     if len(steps) > 1:
         raise AmbiguousFormat(
@@ -94,14 +106,9 @@ def _step(folder: Folder) -> Folder | None:
     return folder.folder(steps[0])
 
 
-def _holds_shards(folder: Folder) -> bool:
-    """Whether a checkpoint of Megatron or of torch lies in ``folder``, whole or not."""
-    names = folder.names()
-    return (
-        any(name in _MARKS or name.endswith(".distcp") for name in names)
-        or _directory.has_weights(folder)
-        or any(folder.folder(name).has(_ARRAY) for name in folder.folders()[:2])
-    )
+def _holds(folder: Folder, fits: Fits) -> bool:
+    """Whether weights lie in ``folder``."""
+    return fits(folder) or _directory.has_weights(folder)
 
 
 def _pointed(folder: Folder, pointer: str) -> str:
@@ -115,7 +122,12 @@ def _pointed(folder: Folder, pointer: str) -> str:
 
 
 def _named(folder: Folder, pointer: str, name: str) -> Folder:
-    folder.require_inside(name or "/")
+    if not name:
+        raise CorruptCheckpoint(
+            f"{folder.file(pointer)} is empty, and should name the latest step: its writer was "
+            "stopped. Point at the step that is meant."
+        )
+    folder.require_inside(name)
     if name not in folder.folders():
         there = ", ".join(folder.folders()[:8]) or "no folder"
         raise CorruptCheckpoint(

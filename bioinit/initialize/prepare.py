@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,7 @@ def _describe_reset(module: nn.Module, key: str) -> str | None:
 
 def _in_keywords(cure: str) -> str:
     """A cure in the words of ``load_weights``, whose keywords are not the keys of a recipe."""
-    return cure.replace(SKIP_LIST, "skip_prefixes").replace("init.", "")
+    return re.sub(r"\binit\.(?=\w)", "", cure.replace(SKIP_LIST, "skip_prefixes"))
 
 
 def _decide(
@@ -229,10 +229,10 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
     fitting = families.find(context, checkpoint.tensors)
     if fitting is None and context.dialect not in ("hf", "bioinit"):
         return ConfigError(
-            f"{context.where} says, in the dialect {context.dialect!r}, that the model is a "
-            f"{context.model or 'model without a name'}, which no family here reads yet: "
-            f"{', '.join(families.names())}. `bioinit inspect` shows what is there; with your own "
-            "module and its names, bioinit.load_weights(module, path) loads it."
+            f"{context.where} describes {context.model or 'its model'} in the dialect "
+            f"{context.dialect!r}, and the families here ({', '.join(families.names())}) read the "
+            "dialect 'hf' so far. `bioinit inspect` shows what is stored, and bioinit.load_weights("
+            "module, path) loads it into a module of yours that uses the stored names."
         )
     if context.model is None and fitting is None:
         return ConfigError(
@@ -311,13 +311,33 @@ def _notes(
     refused = _left_out(checkpoint, "refused")
     if refused:
         notes.append(f"entries left out, since reading them would run code: {refused}")
+    notes.extend([] if checkpoint is None else _of_the_readers(checkpoint))
     ignored = _left_out(checkpoint, "ignored")
     if ignored:
         notes.append(f"files left out: {ignored}")
-    if checkpoint is not None:
-        notes.extend(_made(checkpoint))
-        notes.extend(filter(None, [checkpoint.metadata.get("doubt")]))
     return notes
+
+
+def _of_the_readers(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is not simply a copy of what is stored, and what nobody can be sure of."""
+    yield from _made(checkpoint)
+    missing = checkpoint.metadata.get("missing_chunks")
+    if missing:
+        yield (
+            f"{sum(missing.values())} chunks are not stored and have the fill value, in "
+            f"{_shown(missing)}"
+        )
+    deduced = checkpoint.metadata.get("divided_by_shape")
+    if deduced:
+        yield f"how ranks divided these follows from their shapes alone: {_shown(deduced)}"
+    if checkpoint.metadata.get("doubt"):
+        yield str(checkpoint.metadata["doubt"])
+
+
+def _shown(names: Iterable[str], most: int = 5) -> str:
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
 
 
 def _made(checkpoint: Checkpoint) -> Iterator[str]:
@@ -331,7 +351,7 @@ def _made(checkpoint: Checkpoint) -> Iterator[str]:
             for way in {way for piece in tensor.pieces if (way := ways[piece.file])}:
                 counts[way] = counts.get(way, 0) + 1
     for way, count in counts.items():
-        yield f"{count} stored tensors are made while they are read: {way}"
+        yield f"made while they are read ({way}): {count} stored tensor{'s' * (count != 1)}"
 
 
 def _left_out(checkpoint: Checkpoint | None, what: str) -> str:

@@ -74,6 +74,12 @@ def written(folder: Path, name: str, writer: str, state: dict[str, torch.Tensor]
     return folder
 
 
+def writable(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` without the dtypes that the original writer has not."""
+    unwritten = getattr(module_for(name), "UNWRITTEN", ())
+    return {key: value for key, value in state.items() if value.dtype not in unwritten}
+
+
 def as_stored(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``state`` under the names its reader gives, where that puts something before them."""
     spell = getattr(module_for(name), "stored_name", str)
@@ -132,14 +138,14 @@ def test_has_a_test_file_that_writes_a_tiny_checkpoint(name):
 
 @each_writer
 def test_is_recognized_by_exactly_one_format(name, writer, tmp_path):
-    folder = written(tmp_path, name, writer, SMALL)
+    folder = written(tmp_path, name, writer, writable(name, SMALL))
     assert formats.open_weights(Folder.at(folder))[0] == name
 
 
 @each_writer
 def test_gives_every_tensor_bit_for_bit(name, writer, tmp_path):
-    contents = opened(written(tmp_path, name, writer, SMALL))
-    state = as_stored(name, SMALL)
+    contents = opened(written(tmp_path, name, writer, writable(name, SMALL)))
+    state = as_stored(name, writable(name, SMALL))
     assert set(contents.tensors) == set(state)
     for key, tensor in state.items():
         found = through_pieces(contents, key)
@@ -238,7 +244,7 @@ def test_does_not_raise_on_what_it_does_not_know(name, tmp_path):
 
 @each_writer
 def test_no_other_format_claims_it(name, writer, tmp_path):
-    folder = written(tmp_path, name, writer, SMALL)
+    folder = written(tmp_path, name, writer, writable(name, SMALL))
     others = [formats.load(other) for other in SIBLINGS if other != name]
     known = formats.load(name)
     files = [p for p in folder.iterdir() if p.is_file() and known.recognizes(Folder.at(p))]
@@ -270,9 +276,7 @@ def random_box(chance: random.Random, shape: tuple[int, ...]) -> tuple[Dims, Dim
 
 @each_writer
 def test_any_region_is_that_region_of_the_whole(name, writer, tmp_path):
-    module, state = module_for(name), of_every_kind()
-    unwritten = getattr(module, "UNWRITTEN", ())  # dtypes that the original writer has not
-    state = {key: value for key, value in state.items() if value.dtype not in unwritten}
+    state = writable(name, of_every_kind())
     chance = random.Random(4)
     with open_checkpoint(written(tmp_path / "it", name, writer, state)) as checkpoint:
         state = as_stored(name, state)

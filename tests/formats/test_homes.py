@@ -123,6 +123,22 @@ def test_one_rank_stands_for_all_of_them(tmp_path):
             assert tensor.shape == (8, 2)
 
 
+@pytest.mark.parametrize(
+    "model, optimizer", [("model", "optim"), ("pytorch_model_fsdp_0", "optimizer_0")]
+)
+def test_weights_beside_the_folder_of_an_optimizer_are_found(tmp_path, model, optimizer):
+    write_step(tmp_path / model)
+    write_step(tmp_path / optimizer)
+    assert opened(tmp_path) == "torch_dist"
+
+
+def test_an_empty_pointer_is_what_it_is(tmp_path):
+    write_step(tmp_path / "iter_0000001")
+    (tmp_path / "latest_checkpointed_iteration.txt").touch()
+    with pytest.raises(CorruptCheckpoint, match="is empty"):
+        formats.open_weights(Folder.at(tmp_path))
+
+
 def test_a_bare_adapter_of_nemo_is_refused_with_its_base(tmp_path):
     write_step(tmp_path / "it" / "weights")
     said = {"model_ckpt_path": "/base/llama"}

@@ -152,7 +152,7 @@ def test_real_archives_give_every_tensor(fixtures_dir, tmp_path, name, how):
 def test_says_who_wrote_it(fixtures_dir):
     path = fixtures_dir / "nemo1" / "bert_legacy_model_weights_ckpt.nemo"
     with contexts.open_checkpoint(path) as checkpoint:
-        assert checkpoint.format == "nemo" and checkpoint.metadata["format"] == "torch_zip"
+        assert checkpoint.format == "nemo" and checkpoint.metadata["inside"] == "torch_zip"
         assert checkpoint.metadata["writer"] == "NeMo 1 (.nemo archive), nemo_version 2.2.1"
 
 
