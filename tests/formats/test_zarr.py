@@ -37,6 +37,7 @@ from bioinit.errors import (
     RefusedCheckpoint,
     UnfinishedCheckpoint,
 )
+from bioinit.formats import zarr as zarr_format
 from bioinit.formats.zarr import codecs
 from bioinit.formats.zarr.header import DTYPES, gaps
 from bioinit.layout import Box, intersect
@@ -308,6 +309,20 @@ def test_chunks_in_folders_are_found_where_the_header_does_not_say_so(tmp_path):
         assert torch.equal(read.read("w"), torch.arange(12.0).view(4, 3))
 
 
+@pytest.mark.parametrize("config", [MEGATRON, None], ids=["by megatron", "a bare model"])
+def test_state_of_training_is_what_it_is_in_other_formats(config, tmp_path):
+    always = ["optim.state.w", "all.optim.state.w", "optimizer/state/w", "chained_0.x"]
+    perhaps = ["opt_param_scheduler.x", "scaler.mean"]
+    names = [*always, *perhaps, "net.w"]
+    write_state(tmp_path, {name: torch.ones(4) for name in names})
+    if config is not None:
+        (tmp_path / "metadata.json").write_text(json.dumps(config))
+        torch.save({}, tmp_path / "common.pt")
+    expected = {*always, *(perhaps if config is not None else ())}
+    found = opened(tmp_path).tensors
+    assert {name for name, stored in found.items() if stored.kind == "optimizer"} == expected
+
+
 def test_optimizer_state_and_objects_are_told_from_weights(tmp_path):
     write_tiny(
         tmp_path,
@@ -506,7 +521,9 @@ def test_compressed_chunks_are_decoded_when_they_are_read(codec, order, tmp_path
     write_compressed(tmp_path, codec, order=order)
     with checkpoint(tmp_path) as found:
         assert sum(file.bytes_read for file in found.files) == 0
-        assert {file.how for file in found.files} == {f"zarr chunk, {codec.split('_')[0]}"}
+        assert {file.how for file in found.files} == {
+            f"zarr chunk, {codec.split('_')[0]}, decoded whole"
+        }
         assert torch.equal(found.read("w"), NOISE)
         assert torch.equal(found.read("w", ((30, 3), (5, 7))), NOISE[30:35, 3:10])
 
@@ -539,6 +556,45 @@ def test_a_damaged_compressed_chunk_is_an_error_of_ours_or_harmless(codec, tmp_p
     file.write_bytes(chance.bytes(4096))
     with pytest.raises(CorruptCheckpoint, match=r"w/0\.0"):
         checkpoint(tmp_path).read("w")
+
+
+def write_growing(folder: Path, name: str, size: int) -> None:
+    """One chunk of so many bytes, all zeros."""
+    array = zarr.open_array(
+        str(folder / name),
+        mode="w",
+        shape=(size,),
+        chunks=(size,),
+        dtype="u1",
+        fill_value=None,
+        compressor=zarr.Zstd(),
+    )
+    array[:] = 0
+
+
+def test_a_chunk_that_grows_to_more_than_it_may_take_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(zarr_format, "LARGEST_CHUNK", 1 << 20)
+    write_growing(tmp_path, "w", 1 << 20)
+    opened(tmp_path)
+    write_growing(tmp_path, "v", (1 << 20) + 1)
+    with pytest.raises(RefusedCheckpoint, match=r"v/0 has \d+ bytes and is decoded to 1048577"):
+        opened(tmp_path)
+
+
+def test_such_a_chunk_of_an_optimizer_does_not_keep_weights_from_opening(tmp_path, monkeypatch):
+    monkeypatch.setattr(zarr_format, "LARGEST_CHUNK", 1 << 20)
+    write_growing(tmp_path, "w", 10)
+    write_growing(tmp_path, "optimizer.state.exp_avg.w", (1 << 20) + 1)
+    found = opened(tmp_path)
+    assert set(found.tensors) == {"w"}
+    assert "is decoded to" in found.metadata["unreadable"]["optimizer.state.exp_avg.w"]
+
+
+def test_a_large_chunk_that_was_hardly_compressed_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(zarr_format, "LARGEST_CHUNK", 1)
+    write_compressed(tmp_path, "zstd")
+    with checkpoint(tmp_path) as found:
+        assert torch.equal(found.read("w"), NOISE)
 
 
 BOMBS = {  # each is made when its test runs: this file is loaded often

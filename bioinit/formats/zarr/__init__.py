@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from bioinit.errors import RefusedCheckpoint, StorageError, UnfinishedCheckpoint
 from bioinit.formats._megatron import CONFIG, backend, describe, folded, require_finished
+from bioinit.formats._training import training_state
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
 from bioinit.formats.zarr.codecs import Cache, Chain, Undecodable
 from bioinit.formats.zarr.header import HEADER, Header, corrupt, gaps, read_header
@@ -33,12 +34,17 @@ MOST_CONFIG_BYTES = 1 << 16
 MOST_LOOKED_INTO = 1000
 MOST_GAPS = 50_000
 DEEPEST = 32
+LARGEST_CHUNK = 1 << 28
+MOST_GROWTH = 64
+"""Whole chunks are decoded, for one element too, so beyond ``LARGEST_CHUNK`` bytes each byte of a
+stored chunk may become this many. Compressed weights take half of their bytes or more, pruned ones
+perhaps a tenth; what unfolds further was made to fill memory, or holds next to nothing.
+"""
 _NUMBER = "(0|[1-9][0-9]{0,18})"
 _CHUNK = re.compile(rf"{_NUMBER}(\.{_NUMBER})*")
 _INDEX = re.compile(r"-?[0-9]+([./]-?[0-9]+)*")
 _OBJECT = re.compile(r"shard_[0-9.]+(_[0-9.]+)?\.pt")
 _PARTIAL = re.compile(r".+\.[0-9a-f]{32}\.partial|.+\.__lock")
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer(_states?)?[._/].+")
 
 
 def _recognizes(folder: Folder) -> bool:
@@ -78,8 +84,9 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     if not tree.arrays:
         corrupt(folder.path, "it is called a checkpoint in zarr format, but holds no array")
     opened = _Opened(folder)
+    others = training_state([array.name for array in tree.arrays], by_megatron=backend == BACKEND)
     for array in tree.arrays:
-        opened.add(array)
+        opened.add(array, "optimizer" if array.name in others else "weight")
     metadata: dict[str, Any] = {}
     if backend == BACKEND:
         metadata |= describe(folder, "zarr 2", opened.tensors)
@@ -89,6 +96,8 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         metadata["byte_objects"] = {"count": count, "names": folded(tree.objects)}
     if opened.missing:
         metadata["missing_chunks"] = opened.missing
+    if opened.unreadable:
+        metadata["unreadable"] = opened.unreadable
     if tree.ignored:
         metadata["ignored"] = tree.ignored
     return Contents(tuple(opened.files), opened.tensors, metadata)
@@ -182,13 +191,23 @@ class _Opened:
         self.files: list[File] = []
         self.tensors: dict[str, StoredTensor] = {}
         self.missing: dict[str, int] = {}
+        self.unreadable: dict[str, str] = {}
         self.num_chunks = 0
 
-    def add(self, array: _Array) -> None:
+    def add(self, array: _Array, kind: str) -> None:
         header = read_header(self._root, array.name)
-        kind = "optimizer" if _OPTIMIZER.fullmatch(array.name) else "weight"
         counts = header.counts
         found = sorted(_chunks(array, header, counts))
+        bomb = self._unbounded(header, [path for _, path in found])
+        if bomb is not None and kind == "optimizer":
+            self.unreadable[array.name] = bomb
+            return
+        if bomb is not None:
+            raise RefusedCheckpoint(
+                f"{self._root.path} is refused: {bomb}, so that memory for all of them would be "
+                "taken for any part. Read it with zarr where it was written, and write it again "
+                f"in chunks of at most {LARGEST_CHUNK} bytes, or without a compressor."
+            )
         pieces = [self._piece(header, index, path) for index, path in found]
         missing = numel(counts) - len(found)
         if missing:
@@ -197,6 +216,20 @@ class _Opened:
             pieces = [Piece(self._number(header.file), 0, Box.contiguous(header.shape))]
         self.num_chunks += len(found)
         self.tensors[array.name] = StoredTensor(header.shape, header.dtype, tuple(pieces), kind)
+
+    def _unbounded(self, header: Header, paths: Sequence[str]) -> str | None:
+        """What is said of a stored chunk that would be decoded to far more than it has."""
+        if header.codecs is None or header.chunk_bytes <= LARGEST_CHUNK:
+            return None
+        for path in paths:
+            file = self._root.file(f"{header.name}/{path}")
+            can_be = header.codecs.can_become(file.size)  # what cannot be is damaged, not too much
+            if can_be and header.chunk_bytes > MOST_GROWTH * file.size:
+                return (
+                    f"the chunk {file.name} has {file.size} bytes and is decoded to "
+                    f"{header.chunk_bytes}"
+                )
+        return None
 
     def _number(self, file: File) -> int:
         self.files.append(file)
@@ -315,9 +348,8 @@ class _Decoded(Made):
 
     def __init__(self, file: File, size: int, codecs: Chain, cache: Cache) -> None:
         make = functools.partial(_part, cache, file, codecs)
-        super().__init__(
-            file, file.name, size, make, sources=(file,), how=f"zarr chunk, {codecs.text}"
-        )
+        how = f"zarr chunk, {codecs.text}, decoded whole"
+        super().__init__(file, file.name, size, make, sources=(file,), how=how)
         self._cache = cache
         self._key = file
 
