@@ -8,11 +8,20 @@ the file>``, ``XX`` as a plain number. What else lies there is state of the engi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from bioinit.errors import CheckpointError, CorruptCheckpoint
-from bioinit.formats._partitions import Merger, Rules, settings, style
+from bioinit.errors import CheckpointError, CorruptCheckpoint, UnfinishedCheckpoint
+from bioinit.formats._partitions import (
+    Merger,
+    Rules,
+    biases_are_copies,
+    require_layers,
+    require_one_step,
+    require_partitions,
+    settings,
+    size,
+    style,
+)
 from bioinit.formats.protocol import Contents, Format, Open, StoredTensor
 from bioinit.storage import Folder
 
@@ -20,13 +29,13 @@ _LAYER = re.compile(r"layer_(\d{1,6})-model_(\d{1,6})-model_states\.pt")
 _ENGINE = re.compile(r"mp_rank_(\d{1,6})_model_states\.pt")
 _OPTIMIZER = re.compile(r".*optim_states\.pt")
 _KEPT = ("args", "iteration", "global_steps", "mp_world_size", "dp_world_size", "ds_version")
-_NO_GPT_J = re.compile(r"""^[\s{,]*["']?gpt[-_]j[-_]residual["']?\s*:\s*[Ff]alse""", re.MULTILINE)
+_OUTSIDE = re.compile(r".*embeddings?\..*|norm\..*|(final_linear|lm_head)\..*|weight|bias|scale")
+"""Names in the files that are no layer of the transformer: embeddings, last norm and readout."""
 _WRITERS = {
     "neox": "GPT-NeoX (DeepSpeed pipeline)",
     "savanna": "Savanna (DeepSpeed pipeline)",
     "megatron": "Megatron-DeepSpeed (DeepSpeed pipeline)",
 }
-_LARGEST_CONFIG = 2**20
 
 
 def _recognizes(folder: Folder) -> bool:
@@ -48,11 +57,12 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         for name, tensor in parts[0][1].items()
     }
     engine, ignored = _engine(folder, open_inner)
-    _require_as_many(folder, engine, count)
-    args = engine.get("args")
-    hidden = args.get("hidden_size") if isinstance(args, Mapping) else None
-    width = Rules(table, everything, hidden=hidden if type(hidden) is int else None).hidden
-    remark = _doubt(folder) if table == "neox" and count > 1 else ""
+    missing = f"layer_*-model_{count:02d}-model_states.pt"
+    require_partitions(folder, engine, everything, count, missing, has_stages=True)
+    numbers = [n for n, parts in opened.items() if not all(map(_OUTSIDE.fullmatch, parts[0][1]))]
+    require_layers(str(folder.path), engine, numbers)
+    width = Rules(table, everything, hidden=size(engine, "hidden_size")).hidden
+    remark = biases_are_copies(folder, engine) if table == "neox" and count > 1 else ""
     for number, parts in opened.items():
         for name, tensors in parts:
             merger.aside(name, tensors)
@@ -66,7 +76,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         else f"{len(layers)} layers, each in a file",
     }
     metadata |= merger.metadata
-    if remark:
+    if remark and merger.sums:
         metadata["doubt"] = remark
     if isinstance(engine.get("iteration"), int):
         metadata["iteration"] = engine["iteration"]
@@ -81,7 +91,8 @@ def _layers(folder: Folder) -> dict[int, list[str]]:
     """The files of every layer, by partition, all layers in order.
 
     Raises:
-        CorruptCheckpoint: a file is missing, or two have the same place.
+        UnfinishedCheckpoint: a file is missing.
+        CorruptCheckpoint: two have the same place.
     """
     found: dict[int, dict[int, str]] = {}
     for name in folder.names():
@@ -102,7 +113,7 @@ def _layers(folder: Folder) -> dict[int, list[str]]:
         missing = next((n for n in range(count) if n not in layer), None)
         if missing is not None:
             last = max(found, key=lambda n: max(found[n]))
-            raise CorruptCheckpoint(
+            raise UnfinishedCheckpoint(
                 f"{folder.path} lacks layer_{number:02d}-model_{missing:02d}-model_states.pt: it "
                 f"holds {found[last][max(found[last])]}, and every layer needs partition 0 and "
                 "all that follow up to the last. Fetch it, or point at a complete checkpoint."
@@ -111,52 +122,26 @@ def _layers(folder: Folder) -> dict[int, list[str]]:
 
 
 def _engine(folder: Folder, open_inner: Open) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the engine's first file says of the run, and the files that hold no weights."""
-    said: dict[str, Any] = {}
+    """What the engine's first readable file says of the run, and the files without weights.
+
+    Raises:
+        CorruptCheckpoint: two of its files were saved at different steps.
+    """
+    said: list[tuple[str, dict[str, Any]]] = []
     ignored: dict[str, str] = {}
     for name in folder.names():
         if _OPTIMIZER.fullmatch(name):
             ignored[name] = "state of the optimizer"
-        elif found := _ENGINE.fullmatch(name):
+        elif _ENGINE.fullmatch(name):
             ignored[name] = "state of the engine that trained it"
-            if int(found[1]) == 0:
-                try:
-                    said = settings(open_inner(folder.lone(name)).metadata.get("objects"), _KEPT)
-                except CheckpointError as error:  # no weight depends on it
-                    ignored[name] = f"state of the engine that trained it, not readable: {error}"
-    return said, ignored
-
-
-def _require_as_many(folder: Folder, engine: Mapping[str, Any], count: int) -> None:
-    said = engine.get("mp_world_size")
-    if type(said) is int and said > count:
-        raise CorruptCheckpoint(
-            f"{folder.path} holds layers in {count} partitions, but mp_rank_00_model_states.pt says"
-            f" that there are {said}: layer_*-model_{count:02d}-model_states.pt and what follows is"
-            " missing. Fetch the rest, or point at a complete checkpoint."
-        )
-
-
-def _doubt(folder: Folder) -> str:
-    """What to tell people if a saved setting says that the biases are copies, not summands.
-
-    GPT-NeoX's own tools, which others follow, add up the biases of row-parallel layers in every
-    checkpoint. That is right where attention and MLP are reduced together, as in the 20B model.
-    """
-    places = [folder, folder.parent] if folder.parent is not None else [folder]
-    for place in places:
-        for inner in [place, *(place.folder(f) for f in place.folders() if f == "configs")]:
-            for name in inner.names():
-                file = inner.file(name) if name.endswith((".yml", ".yaml")) else None
-                if file is None or file.size > _LARGEST_CONFIG:
-                    continue
-                if _NO_GPT_J.search(file.read(0, file.size).decode("utf-8", "replace")):
-                    return (
-                        f"biases of row-parallel layers are the sum of their partitions, as in "
-                        f"GPT-NeoX's own tools, but {name} says gpt_j_residual: false, with which "
-                        "training keeps a copy in each"
-                    )
-    return ""
+            try:
+                objects = open_inner(folder.lone(name)).metadata.get("objects")
+            except CheckpointError as error:  # no weight depends on it
+                ignored[name] = f"state of the engine that trained it, not readable: {error}"
+            else:
+                said.append((name, settings(objects, _KEPT)))
+    require_one_step(str(folder.path), said)
+    return next((values for _, values in said if values), {}), ignored
 
 
 FORMAT = Format(recognizes=_recognizes, open=_open, marks="layer_*-model_*-model_states.pt")

@@ -13,7 +13,12 @@ import torch
 
 from bioinit import formats
 from bioinit.contexts.checkpoint import Checkpoint
-from bioinit.errors import AmbiguousFormat, CheckpointError, CorruptCheckpoint
+from bioinit.errors import (
+    AmbiguousFormat,
+    CheckpointError,
+    CorruptCheckpoint,
+    UnfinishedCheckpoint,
+)
 from bioinit.formats._partitions.rules import LONGEST_NAME
 from bioinit.storage import Folder
 
@@ -266,18 +271,78 @@ def test_the_missing_file_is_named(tmp_path):
     parts = divided(a_layer(8), 3)[0]
     folder = write_layers(tmp_path / "it", {2: parts, 3: parts})
     (folder / file_name(3, 1)).unlink()
-    with pytest.raises(CorruptCheckpoint, match=file_name(3, 1)):
+    with pytest.raises(UnfinishedCheckpoint, match=file_name(3, 1)):
         opened(folder)
     (folder / file_name(2, 1)).unlink()
-    with pytest.raises(CorruptCheckpoint, match=file_name(2, 1)):
+    with pytest.raises(UnfinishedCheckpoint, match=file_name(2, 1)):
         opened(folder)
 
 
-def test_partitions_that_all_layers_lack_are_missed_where_the_engine_counts_them(tmp_path):
+def save_engines(folder: Path, count: int, **said: object) -> None:
+    for number in range(count):
+        torch.save({"module": {}, **said}, folder / f"mp_rank_{number:02d}_model_states.pt")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"mp_world_size": 4},
+        {"args": {"model_parallel_size": 4}, "mp_world_size": 4},
+        {"args": {"model-parallel-size": 4}},
+    ],
+)
+def test_partitions_that_all_layers_lack_are_missed_where_the_engine_counts_them(said, tmp_path):
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0]})
+    save_engines(folder, 1, **said)
+    with pytest.raises(UnfinishedCheckpoint, match=r"2 of 4 .*model_02"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["mp_rank_01_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt"]
+)
+def test_partitions_that_all_layers_lack_are_missed_where_other_files_have_them(name, tmp_path):
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0][:1]})
+    (folder / name).write_bytes(b"not readable")
+    with pytest.raises(UnfinishedCheckpoint, match=f"model_01.*{name}"):
+        opened(folder)
+    # With both of the engine's files these could be stages; the shape says that half is missing.
+    save_engines(folder, 2, mp_world_size=2)
+    with pytest.raises(UnfinishedCheckpoint, match="model_01"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("has_args", [True, False])
+def test_the_engines_ranks_count_stages_of_a_pipeline_too(has_args, tmp_path):
+    # The 20B model: 2 partitions times 4 stages, and so 8 files of the engine.
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0]})
+    args = {"args": {"model_parallel_size": 2}} if has_args else {}
+    save_engines(folder, 8, mp_world_size=8, **args)
+    assert opened(folder).metadata["parallel"] == {"tensor": 2}
+
+
+def test_files_of_two_steps_do_not_belong_together(tmp_path):
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0]})
+    save_engines(folder, 2, iteration=7)
+    assert opened(folder).metadata["iteration"] == 7
+    torch.save({"iteration": 9}, folder / "mp_rank_01_model_states.pt")
+    with pytest.raises(CorruptCheckpoint, match=r"mp_rank_00.* 7, and mp_rank_01.* 9"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(("gone", "named"), [(3, "layer 3"), (4, "2 to 3"), (2, "3 to 4")])
+def test_a_layer_that_all_partitions_lack_is_missed(gone, named, tmp_path):
     parts = divided(a_layer(8), 2)[0]
-    folder = write_layers(tmp_path / "it", {2: parts})
-    torch.save({"mp_world_size": 4, "module": {}}, folder / "mp_rank_00_model_states.pt")
-    with pytest.raises(CorruptCheckpoint, match="model_02"):
+    norm = [{"norm.weight": torch.ones(8)}] * 2
+    words = [{"word_embeddings.weight": torch.ones(4, 8)}] * 2
+    folder = write_layers(
+        tmp_path / "it", {0: words, 2: parts, 3: parts, 4: parts, 6: norm, 7: words}
+    )
+    save_engines(folder, 2, args={"num-layers": 3})
+    assert opened(folder).tensors
+    for number in range(2):
+        (folder / file_name(gone, number)).unlink()
+    with pytest.raises(UnfinishedCheckpoint, match=f"2 of 3 layers.*{named}"):
         opened(folder)
 
 
@@ -321,14 +386,95 @@ def test_what_holds_no_weights_is_listed_and_its_arguments_are_data(tmp_path):
     }
 
 
-def test_sums_are_doubted_where_the_settings_say_that_training_kept_copies(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "gpt-j-residual": false,\n}\n',
+        '{"a": 1, "gpt_j_residual": false}',
+        "gpt_j_residual: no\n",
+        "'gpt_j_residual' : \"False\"  # yes",
+        "# it's of no use\n- {a: 'b # c', gpt_j_residual: off}",
+    ],
+)
+@pytest.mark.parametrize("place", ["configs", "global_step1/configs", "global_step1"])
+def test_sums_are_doubted_where_the_settings_say_that_training_kept_copies(text, place, tmp_path):
     folder = write_layers(tmp_path / "global_step1", {2: divided(a_layer(8), 2)[0]})
     assert "doubt" not in opened(folder).metadata
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "model.yml").write_text('{\n  "gpt-j-residual": false,\n}\n')
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "model.yml").write_text(text)
     found = opened(folder)
-    assert "gpt_j_residual" in found.metadata["doubt"]
+    assert "model.yml says gpt_j_residual: false" in found.metadata["doubt"]
     assert any("gpt_j_residual" in remark for remark in remarks(found))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gpt_j_residual: true",
+        "# gpt_j_residual: false",
+        "a: b # gpt_j_residual: false",
+        "not_gpt_j_residual: false",
+        'a: "gpt_j_residual: false"',
+        "gpt_j_residual_too: false",
+    ],
+)
+def test_sums_are_not_doubted_for_other_text(text, tmp_path):
+    folder = write_layers(tmp_path / "global_step1", {2: divided(a_layer(8), 2)[0]})
+    (folder / "model.yml").write_text(text)
+    assert "doubt" not in opened(folder).metadata
+    # The folder above may hold anything.
+    (tmp_path / "other.yml").write_text("gpt_j_residual: false")
+    assert "doubt" not in opened(folder).metadata
+
+
+def test_what_the_engine_saved_counts_more_than_a_file_beside_it(tmp_path):
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0]})
+    save_engines(folder, 2, args={"gpt_j_residual": False})
+    assert "saved arguments say gpt_j_residual: false" in opened(folder).metadata["doubt"]
+    save_engines(folder, 2, args={"gpt_j_residual": True})
+    (folder / "model.yml").write_text("gpt_j_residual: false")
+    assert "doubt" not in opened(folder).metadata
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 500_000,
+        " " * 1_000_000 + "residual",
+        "'residual" + "'" * 900_000,
+        'residual"' + '\\"' * 450_000,
+        "gpt_j_residual" * 70_000,
+        "residual" + " #" * 400_000,
+    ],
+)
+def test_settings_take_time_in_proportion_to_their_length(text, tmp_path):
+    folder = write_layers(tmp_path / "it", {2: divided(a_layer(8), 2)[0]})
+    (folder / "model.yml").write_text(text)
+    begin = time.process_time()
+    assert opened(folder).tensors
+    assert time.process_time() - begin < 3
+
+
+def test_summands_that_look_like_copies_are_remarked_on_once(tmp_path):
+    same = torch.randn(4).half()
+    layer = {"attention.dense.bias": same, "mlp.dense_4h_to_h.bias": torch.zeros(4)}
+    found = opened(write_layers(tmp_path / "it", {2: [layer] * 3}))
+    assert remarks(found) == []
+    for _ in range(2):
+        assert same_bits(found.read("2.attention.dense.bias"), same + same + same)
+        assert found.read("2.mlp.dense_4h_to_h.bias").tolist() == [0.0] * 4
+    (remark,) = remarks(found)
+    assert "2.attention.dense.bias: its 3 summands are equal" in remark
+    assert "3 times too large" in remark
+
+
+def test_mamba_is_not_put_together_by_its_shapes_nor_taken_for_savanna(tmp_path):
+    layer = {"norm.scale": torch.ones(4), "mixer.in_proj.weight": torch.randn(16, 4)}
+    found = opened(write_layers(tmp_path / "one", {2: [layer]}))
+    assert found.metadata["writer"] == "GPT-NeoX (DeepSpeed pipeline)"
+    with pytest.raises(AmbiguousFormat, match=r"mixer\.in_proj") as caught:
+        opened(write_layers(tmp_path / "two", {2: [layer, layer]}))
+    assert "rules.py" not in str(caught.value) and "program that wrote" in str(caught.value)
 
 
 def test_a_tensor_that_claims_more_than_its_file_holds_is_corrupt(tmp_path):
@@ -433,4 +579,5 @@ def test_the_fixture_gives_the_tensors_it_was_divided_from(fixtures_dir):
         assert digest == expected[to_hf(name)]["sha256_f32"], name
         wanted.remove(to_hf(name))
     assert not wanted
-    assert remarks(found) == []
+    # Some of its biases were halved to be divided.
+    assert all("2 summands are equal, as copies would be" in remark for remark in remarks(found))

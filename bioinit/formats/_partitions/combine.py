@@ -2,7 +2,8 @@
 
 Copies that are equal, byte for byte, are a copy. Copies that differ by less than the tolerance give
 their mean, with a remark; others are an error. Summands are added from the first to the last, each
-sum rounded to the stored dtype, as torch adds.
+sum rounded to the stored dtype, as torch adds; where all are equal, a remark says that copies would
+look like that.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def same(files: Sequence[File], name: str, parts: Sequence[Part]) -> Made:
 def total(files: Sequence[File], name: str, parts: Sequence[Part], remark: str = "") -> Made:
     """The bytes, in row-major order, of the sum of all ``parts``."""
     summands = _Summands(files, name, parts)
-    made = _made(files, name, parts, summands, f"sum of {len(parts)} partitions")
+    summands.made = _made(files, name, parts, summands, f"sum of {len(parts)} partitions")
     if remark:
-        made.remarks.append(remark)
-    return made
+        summands.made.remarks.append(remark)
+    return summands.made
 
 
 def _made(
@@ -91,11 +92,40 @@ class _Combined:
 
 
 class _Summands(_Combined):
+    made: Made
+
+    def __init__(self, files: Sequence[File], name: str, parts: Sequence[Part]) -> None:
+        super().__init__(files, name, parts)
+        self.lock = threading.Lock()
+        self.is_judged = False
+
     def values(self, first: int, count: int) -> torch.Tensor:
+        with self.lock:
+            if not self.is_judged:
+                self.is_judged = True
+                self.judge()
         found = self.part(0, first, count)
         for index in range(1, len(self.parts)):
             found = _added(found, self.part(index, first, count))
         return found
+
+    def judge(self) -> None:
+        """Remark on summands that are all equal, as copies are; the first difference ends it."""
+        count = len(self.parts)
+        is_zero = True
+        step = max(BLOCK_ELEMENTS // count, 1)
+        for first in range(0, self.numel, step):
+            length = min(step, self.numel - first)
+            head = self.part(0, first, length).view(torch.uint8)
+            for index in range(1, count):
+                if not torch.equal(head, self.part(index, first, length).view(torch.uint8)):
+                    return
+            is_zero = is_zero and not bool(head.any())
+        if not is_zero:
+            self.made.remarks.append(
+                f"{self.name}: its {count} summands are equal, as copies would be; if they are "
+                f"copies, the sum is {count} times too large"
+            )
 
 
 class _Copies(_Combined):

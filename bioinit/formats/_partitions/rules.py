@@ -75,6 +75,8 @@ _NEOX = (
     # T5's bias by distance, divided by heads, which are its columns.
     (r"(.*\.)?rpe\.relative_attention_bias\.weight", COLUMNS),
     (r"(norm\.)?(weight|bias|scale)", SAME),
+    # Mamba's: several matrices in one, each divided by itself, and parameters by channel.
+    (r"(.*\.)?mixer\..*", UNKNOWN),
 )
 _SAVANNA = (
     (r"(.*\.)?mixer\.dense\.bias", SAME),
@@ -128,12 +130,21 @@ _SIZES_A_MODEL = re.compile(r"(.*\.)?(input|post|pre|final|attn|mlp)(?=\w*norm)\
 _ANY_NORM = re.compile(r"(.*\.)?((?=\w*norm)\w*\.(weight|scale)|layer_norm_weight)")
 
 
+_OF_MAMBA = re.compile(r"((in|x|dt|out)_proj|conv1d|norm)\.\w+|A_log|D|dt_bias")
+
+
 def style(names: list[str]) -> str:
     """Whose layers these are, by how they are called."""
-    if any(".mixer." in name or name.startswith("mixer.") for name in names):
+    mixers = {f".{name}".partition(".mixer.")[2] for name in names} - {""}
+    if any(len(rest) > LONGEST_NAME or not _OF_MAMBA.fullmatch(rest) for rest in mixers):
         return "savanna"
     megatron = ("self_attention.", "language_model.")
     return "megatron" if any(part in name for name in names for part in megatron) else "neox"
+
+
+def is_fused(name: str) -> bool:
+    """Whether queries, keys and values lie in one tensor, in an order that its name hides."""
+    return len(name) <= LONGEST_NAME and _FUSED.fullmatch(name) is not None
 
 
 class Rules:
