@@ -11,8 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
-from bioinit.formats._partitions import Merger, Rules, settings, style
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, UnfinishedCheckpoint
+from bioinit.formats._partitions import (
+    Merger,
+    Rules,
+    biases_are_copies,
+    require_one_step,
+    require_partitions,
+    settings,
+    size,
+    style,
+)
 from bioinit.formats.protocol import Contents, Format, Open, StoredTensor
 from bioinit.storage import Folder
 
@@ -56,23 +65,22 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         )
     ranks = _ranks(folder)
     merger = Merger(str(folder.path))
-    opened, said = [], None
+    opened, said = [], []
     for name in ranks:
         contents = open_inner(folder.lone(name))
-        if said is None:
-            said = contents.metadata.get("objects")
+        said.append((name, settings(contents.metadata.get("objects"), _KEPT)))
         opened.append((name, merger.take(contents)))
-    found = settings(said, _KEPT)
+    require_one_step(str(folder.path), said)
+    found = said[0][1]
     tensors = opened[0][1]
     _require_weights(folder, ranks[0], tensors)
-    _require_as_many(folder, found, len(ranks))
+    missing = f"mp_rank_{len(ranks):02d}_model_states.pt"
+    require_partitions(folder, found, tensors, len(ranks), missing)
     table = style(list(tensors))
     for name, held in opened:
         merger.aside(name.removesuffix("_model_states.pt"), held)
-    args = found.get("args")
-    hidden = args.get("hidden_size") if isinstance(args, Mapping) else None
-    rules = Rules(table, tensors, hidden=hidden if type(hidden) is int else None)
-    merger.merge("", opened, rules)
+    doubt = biases_are_copies(folder, found) if table == "neox" and len(ranks) > 1 else ""
+    merger.merge("", opened, Rules(table, tensors, hidden=size(found, "hidden_size")), doubt)
     ignored = {name: "state of the optimizer" for name in names if _OPTIMIZER.fullmatch(name)}
     metadata: dict[str, Any] = {
         "writer": _writer(table, tensors, found),
@@ -81,6 +89,8 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         "state_dict": "module",
     }
     metadata |= merger.metadata
+    if doubt and merger.sums:
+        metadata["doubt"] = doubt
     iteration = found.get("iteration", found.get("global_steps"))
     if type(iteration) is int:
         metadata["iteration"] = iteration
@@ -100,7 +110,7 @@ def _ranks(folder: Folder) -> list[str]:
         )
     missing = next((number for number in range(count) if number not in found), None)
     if missing is not None:
-        raise CorruptCheckpoint(
+        raise UnfinishedCheckpoint(
             f"{folder.path} lacks mp_rank_{missing:02d}_model_states.pt, but holds "
             f"{found[max(found)]}. Fetch it, or point at a complete checkpoint."
         )
@@ -110,7 +120,7 @@ def _ranks(folder: Folder) -> list[str]:
 def _require_weights(folder: Folder, name: str, tensors: Mapping[str, StoredTensor]) -> None:
     weights = {key: tensor for key, tensor in tensors.items() if tensor.kind == "weight"}
     if not weights:
-        raise CorruptCheckpoint(
+        raise UnfinishedCheckpoint(
             f"{name} in {folder.path} holds no weights, and there are no layer_*-model_*-"
             "model_states.pt files that could. Fetch them, or point at a complete checkpoint."
         )
@@ -125,16 +135,6 @@ def _raise_sharded(folder: Folder, sign: str) -> NoReturn:
         "state of the optimizer. Put them together with the zero_to_fp32.py that DeepSpeed left "
         "beside it (or Savanna's convert_zero3_to_zero1.py), and start from the result."
     )
-
-
-def _require_as_many(folder: Folder, found: Mapping[str, Any], count: int) -> None:
-    said = found.get("mp_world_size")
-    if type(said) is int and said > count:
-        raise CorruptCheckpoint(
-            f"{folder.path} holds {count} of {said} partitions: mp_rank_{count:02d}_model_states.pt"
-            f" and what follows is missing, where mp_rank_00_model_states.pt says {said}. Fetch "
-            "the rest, or point at a complete checkpoint."
-        )
 
 
 def _writer(table: str, names: Sequence[str] | Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -9,7 +9,13 @@ import torch
 
 from bioinit import formats
 from bioinit.contexts.checkpoint import Checkpoint
-from bioinit.errors import AmbiguousFormat, CheckpointError, CorruptCheckpoint, RefusedCheckpoint
+from bioinit.errors import (
+    AmbiguousFormat,
+    CheckpointError,
+    CorruptCheckpoint,
+    RefusedCheckpoint,
+    UnfinishedCheckpoint,
+)
 from bioinit.storage import Folder
 
 State = dict[str, torch.Tensor]
@@ -152,17 +158,51 @@ def test_missing_partitions_are_named(tmp_path):
     state = {"norm.weight": torch.ones(4)}
     folder = write(tmp_path / "gap", [state] * 3)
     (folder / file_name(1)).unlink()
-    with pytest.raises(CorruptCheckpoint, match=file_name(1)):
+    with pytest.raises(UnfinishedCheckpoint, match=file_name(1)):
         opened(folder)
     folder = write(tmp_path / "end", [state] * 3)
     (folder / file_name(2)).unlink()
-    with pytest.raises(CorruptCheckpoint, match=file_name(2)):
+    with pytest.raises(UnfinishedCheckpoint, match=file_name(2)):
         opened(folder)
 
 
 def test_a_file_of_the_engine_alone_misses_the_layers(tmp_path):
-    with pytest.raises(CorruptCheckpoint, match="layer_"):
+    with pytest.raises(UnfinishedCheckpoint, match="layer_"):
         opened(write(tmp_path / "it", [{}]))
+
+
+@pytest.mark.parametrize("said", ["args", "engine", "optimizer"])
+def test_partitions_missing_at_the_end_are_told_by_arguments_and_other_files(said, tmp_path):
+    state = {"norm.weight": torch.ones(4)}
+    args = {"args": {"tensor_model_parallel_size": 2}} if said == "args" else {}
+    folder = write(tmp_path / "it", [state], **args)
+    if said == "engine":
+        write(folder, [state], mp_world_size=2)
+    if said == "optimizer":
+        (folder / "zero_pp_rank_0_mp_rank_01_optim_states.pt").write_bytes(b"never opened")
+    with pytest.raises(UnfinishedCheckpoint, match=f"1 of 2 .*{file_name(1)}"):
+        opened(folder)
+
+
+def test_partitions_of_two_steps_do_not_belong_together(tmp_path):
+    state = {"norm.weight": torch.ones(4)}
+    folder = write(tmp_path / "it", [state, state])
+    torch.save({"module": state, "global_steps": 13}, folder / file_name(1))
+    with pytest.raises(CorruptCheckpoint, match=r"mp_rank_00.*_steps 12, and mp_rank_01.* 13"):
+        opened(folder)
+
+
+def test_sums_are_doubted_here_too(tmp_path):
+    state = {"sequential.2.attention.dense.bias": torch.ones(4)}
+    folder = write(tmp_path / "it", [state, state])
+    found = opened(folder)
+    assert "doubt" not in found.metadata
+    assert found.read("sequential.2.attention.dense.bias").tolist() == [2.0] * 4
+    assert ["as copies would be" in remark for file in found.files for remark in file.remarks] == [
+        True
+    ]
+    write(folder, [state, state], args={"gpt_j_residual": False})
+    assert "gpt_j_residual: false" in opened(folder).metadata["doubt"]
 
 
 def test_a_name_that_nobody_knows_is_an_error_only_where_it_is_divided(tmp_path):
