@@ -7,7 +7,8 @@ they have in the whole model. With a virtual pipeline a stage holds several chun
 ``model1``, ...: chunk ``c`` of stage ``s`` of ``p`` comes at place ``c * p + s``.
 
 How queries, keys and values lie in one matrix depends on ``checkpoint_version``, which is listed
-among the objects; it is put together as it was and not brought to another order.
+among the objects; it is put together as it was and not brought to another order. Only Megatron and
+NeMo 1, which builds on it, write such folders, so the names are always looked up in its table.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bioinit.errors import AmbiguousFormat, CorruptCheckpoint, RefusedCheckpoint
-from bioinit.formats._partitions import Merger, settings
-from bioinit.formats._partitions.ranks import Layout, Rank, layout, put_together
+from bioinit.errors import AmbiguousFormat, RefusedCheckpoint, UnfinishedCheckpoint
+from bioinit.formats._partitions import (
+    Merger,
+    argument,
+    require_layers,
+    require_one_step,
+    settings,
+    size,
+)
+from bioinit.formats._partitions.ranks import Layout, Rank, layer_numbers, layout, put_together
+from bioinit.formats._partitions.rules import is_fused
 from bioinit.formats.protocol import Contents, Format, Open
 from bioinit.storage import Folder
 
@@ -52,19 +61,20 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     file = _file(folder, names[0])
     merger = Merger(str(folder.path))
     ranks: list[Rank] = []
-    objects: Any = None
+    each: list[tuple[str, dict[str, Any]]] = []
     for name in names:
         found = _numbers(folder, name)
         inner = folder.folder(name)
         if not inner.has(file):
-            raise CorruptCheckpoint(
+            raise UnfinishedCheckpoint(
                 f"{folder.path} lacks {name}/{file}, which the other ranks have. Fetch it, or "
                 "point at a complete checkpoint."
             )
         contents = open_inner(inner.lone(file))
-        objects = contents.metadata.get("objects") if objects is None else objects
+        each.append((f"{name}/{file}", settings(contents.metadata.get("objects"), _KEPT)))
         ranks.append(Rank(f"{name}/{file}", found, merger.take(contents)))
-    said = settings(objects, _KEPT)
+    require_one_step(str(folder.path), each)
+    said = each[0][1]
     sizes = _sizes(said)
     placed = layout(folder.path, ranks, sizes)
     _require_known_experts(folder, said, placed)
@@ -74,11 +84,12 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         merger,
         placed,
         gated=_gated(said),
-        hidden=_hidden(said),
-        # Version 1.0 and later keep a head's queries, keys and values together.
-        is_slabbed=said.get("checkpoint_version") == 0,
+        hidden=size(said, "hidden_size"),
+        is_slabbed=_is_slabbed(said, file),
     )
     merger.require_weights()
+    if argument(said, "heterogeneous_layers_config_path") is None:  # its layers may be empty
+        require_layers(str(folder.path), said, layer_numbers(merger.tensors))
     return Contents(
         tuple(merger.files),
         merger.tensors,
@@ -112,38 +123,53 @@ def _numbers(folder: Folder, name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in (found["mp"], found["second"], found["third"]) if n is not None)
 
 
-def _argument(said: Mapping[str, Any], *names: str) -> Any:
-    args = said.get("args")
-    values = (args.get(name) for name in names) if isinstance(args, Mapping) else ()
-    return next((value for value in values if value is not None), None)
-
-
 def _sizes(said: Mapping[str, Any]) -> dict[str, int]:
     """The parallel sizes that the saved arguments give."""
-    found = {kind: _argument(said, *names) for kind, names in _SIZES.items()}
-    return {kind: size for kind, size in found.items() if type(size) is int and size > 0}
+    found = {kind: size(said, *names) for kind, names in _SIZES.items()}
+    return {kind: value for kind, value in found.items() if value is not None}
 
 
 def _gated(said: Mapping[str, Any]) -> bool | None:
-    value = _argument(said, "swiglu", "gated_linear_unit")
+    value = argument(said, "swiglu", "gated_linear_unit")
     return value if isinstance(value, bool) else None
 
 
-def _hidden(said: Mapping[str, Any]) -> int | None:
-    value = _argument(said, "hidden_size")
-    return value if type(value) is int else None
+def _is_slabbed(said: Mapping[str, Any], file: str) -> bool:
+    """Whether a rank keeps its heads' queries, then their keys, then their values.
+
+    Version 0 does; 1.0 and later keep those of a head together. Megatron takes a file that does not
+    say for version 0. NeMo 1 never says, and never wrote that. Nor did any Megatron that has
+    ``tensor_model_parallel_size``, which always says: there somebody has rewritten the file.
+    """
+    version = said.get("checkpoint_version")
+    if version is not None:
+        return bool(version == 0)
+    return not file.endswith(".ckpt") and argument(said, "tensor_model_parallel_size") is None
+
+
+def _doubt(merger: Merger, said: Mapping[str, Any], file: str, placed: Layout) -> str:
+    """How queries, keys and values were read, where nothing says it and it makes a difference."""
+    is_told = said.get("checkpoint_version") is not None or placed.tensor == 1
+    if is_told or not any(is_fused(name) for name in merger.weights(merger.tensors)):
+        return ""
+    order = "kept together by head, as version 1.0 and later have them"
+    if _is_slabbed(said, file):
+        order = "kept apart in each rank, as Megatron's version 0, which it takes such a file for"
+    elif file.endswith(".ckpt"):
+        order = "kept together by head, as NeMo 1 has them"
+    return f"no checkpoint_version: queries, keys and values were read as {order}"
 
 
 def _require_known_experts(folder: Folder, said: Mapping[str, Any], placed: Layout) -> None:
-    divided = _argument(said, "expert_tensor_parallel_size")
+    divided = argument(said, "expert_tensor_parallel_size")
     if placed.expert > 1 and type(divided) is int and divided != placed.tensor:
         raise RefusedCheckpoint(
             f"{folder.path} divides its experts over {divided} tensor ranks and everything else "
             f"over {placed.tensor}, which is not read. Save it with Megatron as torch_dist "
             "(--ckpt-format torch_dist), and start from that."
         )
-    groups = _argument(said, "num_query_groups")
-    grouped = _argument(said, "group_query_attention") is True
+    groups = argument(said, "num_query_groups")
+    grouped = argument(said, "group_query_attention") is True
     if grouped and type(groups) is int and groups % placed.tensor:
         raise RefusedCheckpoint(
             f"{folder.path} has {groups} query groups over {placed.tensor} tensor ranks: ranks "
@@ -159,7 +185,7 @@ def _metadata(
     parallel = {"tensor": placed.tensor, "pipeline": placed.pipeline, "expert": placed.expert}
     if chunks > 1:
         parallel["virtual"] = chunks
-    data = _argument(said, "data_parallel_size")
+    data = argument(said, "data_parallel_size")
     if type(data) is int:
         parallel["data"] = data
     found: dict[str, Any] = {
@@ -168,6 +194,8 @@ def _metadata(
         "layout": f"{len(names)} ranks, each a folder with {file}",
         **merger.metadata,
     }
+    if doubt := _doubt(merger, said, file, placed):
+        found["doubt"] = doubt
     if type(said.get("iteration")) is int:
         found["iteration"] = said["iteration"]
     if said:

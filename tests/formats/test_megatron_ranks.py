@@ -11,7 +11,12 @@ import torch
 
 from bioinit import formats
 from bioinit.contexts.checkpoint import Checkpoint
-from bioinit.errors import AmbiguousFormat, CorruptCheckpoint, RefusedCheckpoint
+from bioinit.errors import (
+    AmbiguousFormat,
+    CorruptCheckpoint,
+    RefusedCheckpoint,
+    UnfinishedCheckpoint,
+)
 from bioinit.storage import Folder
 
 State = dict[str, torch.Tensor]
@@ -349,10 +354,10 @@ def test_state_of_the_optimizer_keeps_its_rank(tmp_path):
 def test_a_missing_rank_is_named(gone, tmp_path):
     folder = write(tmp_path / "it", whole_model(2, gated=False, legacy=False), [0, 1, 2], 2)
     (folder / gone / FILE).unlink()
-    with pytest.raises(CorruptCheckpoint, match=f"{gone}/{FILE}"):
+    with pytest.raises(UnfinishedCheckpoint, match=f"{gone}/{FILE}"):
         opened(folder)
     (folder / gone).rmdir()
-    with pytest.raises(CorruptCheckpoint, match=f"{gone}/{FILE}"):
+    with pytest.raises(UnfinishedCheckpoint, match=f"{gone}/{FILE}"):
         opened(folder)
 
 
@@ -368,7 +373,7 @@ def test_ranks_that_the_arguments_do_not_speak_of_are_an_error(tmp_path):
 def test_absurd_sizes_in_the_arguments_cost_nothing(tmp_path):
     args = Namespace(tensor_model_parallel_size=10**12, pipeline_model_parallel_size=10**12)
     save(tmp_path / "mp_rank_00" / FILE, {"model": {"n.weight": torch.ones(3)}, "args": args})
-    with pytest.raises(CorruptCheckpoint, match="lacks"):
+    with pytest.raises(UnfinishedCheckpoint, match="lacks"):
         opened(tmp_path)
 
 
@@ -403,18 +408,107 @@ def test_query_groups_that_ranks_share_are_refused(tmp_path):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 1.0, 3.0, None])
-def test_the_first_version_keeps_queries_keys_and_values_of_a_rank_apart(version, tmp_path):
-    name = "language_model.transformer.layers.0.attention.query_key_value.weight"
+FUSED = "language_model.transformer.layers.0.attention.query_key_value.weight"
+
+
+def save_fused(folder: Path, file: str, *, is_apart: bool, **more: object) -> torch.Tensor:
+    """Two ranks with one fused tensor each; what they are together."""
     whole = torch.randn(3, 4, 2, HIDDEN)  # queries, keys and values; heads; their width
-    if version != 0:
+    if not is_apart:
         whole = whole.transpose(0, 1)
-    parts = whole.chunk(2, dim=1 if version == 0 else 0)
-    for rank, part in enumerate(parts):
-        held: dict[str, object] = {"model": {name: part.reshape(-1, HIDDEN).clone()}}
-        if version is not None:
-            held["checkpoint_version"] = version
-        save(tmp_path / f"mp_rank_{rank:02d}" / FILE, held)
+    for rank, part in enumerate(whole.chunk(2, dim=1 if is_apart else 0)):
+        held = {"model": {FUSED: part.reshape(-1, HIDDEN).clone()}, **more}
+        save(folder / f"mp_rank_{rank:02d}" / file, held)
+    return whole.reshape(-1, HIDDEN)
+
+
+@pytest.mark.parametrize("version", [0, 1.0, 3.0])
+def test_the_first_version_keeps_queries_keys_and_values_of_a_rank_apart(version, tmp_path):
+    whole = save_fused(tmp_path, FILE, is_apart=version == 0, checkpoint_version=version)
     found = opened(tmp_path)
-    assert torch.equal(found.read(name), whole.reshape(-1, HIDDEN))
-    assert (found.metadata.get("objects") or {}).get("checkpoint_version") == version
+    assert torch.equal(found.read(FUSED), whole)
+    assert found.metadata["objects"]["checkpoint_version"] == version
+    assert "doubt" not in found.metadata
+
+
+@pytest.mark.parametrize(
+    ("file", "args", "is_apart"),
+    [
+        (FILE, {}, True),
+        (FILE, {"args": Namespace(model_parallel_size=2)}, True),
+        (FILE, {"args": Namespace(tensor_model_parallel_size=2)}, False),
+        ("model_weights.ckpt", {}, False),
+    ],
+)
+def test_without_a_version_files_are_read_as_their_writer_would_and_that_is_said(
+    file, args, is_apart, tmp_path
+):
+    whole = save_fused(tmp_path, file, is_apart=is_apart, **args)
+    found = opened(tmp_path)
+    assert torch.equal(found.read(FUSED), whole)
+    assert "no checkpoint_version" in found.metadata["doubt"]
+    assert ("apart" in found.metadata["doubt"]) is is_apart
+
+
+def test_a_version_is_not_missed_where_it_makes_no_difference(tmp_path):
+    save(tmp_path / "one" / "mp_rank_00" / FILE, {"model": {FUSED: torch.ones(6, 2)}})
+    for rank in range(2):
+        held = {"model": {"final_norm.weight": torch.ones(4)}}
+        save(tmp_path / "two" / f"mp_rank_{rank:02d}" / FILE, held)
+    assert all("doubt" not in opened(tmp_path / name).metadata for name in ("one", "two"))
+
+
+def test_ranks_of_two_steps_do_not_belong_together(tmp_path):
+    for rank in range(2):
+        held = {"model": {"final_norm.weight": torch.ones(4)}, "iteration": rank + 1}
+        save(tmp_path / f"mp_rank_{rank:02d}" / FILE, held)
+    with pytest.raises(CorruptCheckpoint, match=r"mp_rank_00/.* 1, and mp_rank_01/.* 2"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stages", "named"),
+    [([[0, 2, 3]], "layer 1"), ([[0, 1, 2]], "0 to 2"), ([[0], [0, 1]], "0 to 2")],
+)
+def test_a_layer_that_all_ranks_lack_is_missed(stages, named, tmp_path):
+    args = Namespace(num_layers=4, pipeline_model_parallel_size=len(stages))
+    for stage, numbers in enumerate(stages):
+        model = {f"decoder.layers.{n}.mlp.linear_fc2.bias": torch.ones(4) for n in numbers}
+        save(tmp_path / f"mp_rank_00_{stage:03d}" / FILE, {"model": model, "args": args})
+    with pytest.raises(UnfinishedCheckpoint, match=f"3 of 4 layers.*{named}"):
+        opened(tmp_path)
+    args.num_layers = 3
+    save(
+        tmp_path / "mp_rank_00_000" / FILE,
+        {
+            "model": {f"decoder.layers.{n}.mlp.linear_fc2.bias": torch.ones(4) for n in stages[0]},
+            "args": args,
+        },
+    )
+    assert len(opened(tmp_path).tensors) == 3
+
+
+def test_layers_may_be_empty_where_each_has_a_shape_of_its_own(tmp_path):
+    args = Namespace(num_layers=4, heterogeneous_layers_config_path="x.json")
+    held = {"model": {"decoder.layers.0.mlp.linear_fc2.bias": torch.ones(4)}, "args": args}
+    save(tmp_path / "mp_rank_00" / FILE, held)
+    assert opened(tmp_path).tensors
+
+
+def test_t5_of_nemo_1_is_put_together(tmp_path):
+    stem = "enc_dec_model.enc_dec_model.encoder.model.layers.0."
+    table = {
+        f"{stem}input_layernorm.weight": (torch.ones(4), copied),
+        f"{stem}mlp.dense_h_to_4h.weight": (torch.randn(8, 4), rows),
+        f"{stem}mlp.dense_h_to_4h_2.weight": (torch.randn(8, 4), rows),
+        f"{stem}mlp.dense_h_to_4h_2.bias": (torch.randn(8), rows),
+        f"{stem}mlp.dense_4h_to_h.weight": (torch.randn(4, 8), columns),
+        "enc_dec_model.tokens_head.bias": (torch.randn(6), rows),
+        "enc_dec_model.relative_position_embedding.weight": (torch.randn(32, 4), copied),
+    }
+    for rank in range(2):
+        held = {name: cut(tensor, rank, 2).clone() for name, (tensor, cut) in table.items()}
+        save(tmp_path / f"mp_rank_{rank:02d}" / "model_weights.ckpt", held)
+    found = opened(tmp_path)
+    assert_whole(found, {name: tensor for name, (tensor, _) in table.items()})
+    assert "divided_by_shape" not in found.metadata

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
-from bioinit.formats._partitions import Merger, Part
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, UnfinishedCheckpoint
+from bioinit.formats._partitions.combine import Part
+from bioinit.formats._partitions.merger import Merger
 from bioinit.formats._partitions.rules import SAME, Rules
 from bioinit.formats.protocol import StoredTensor
 
@@ -48,7 +49,8 @@ def layout(where: Path, ranks: Sequence[Rank], said: Mapping[str, int]) -> Layou
     """The place of every rank; ``said`` are the sizes that the checkpoint itself gives.
 
     Raises:
-        CorruptCheckpoint: one is missing, or there are more than it says.
+        UnfinishedCheckpoint: one is missing.
+        CorruptCheckpoint: there are more than it says, or two have the same place.
     """
     lengths = {len(rank.numbers) for rank in ranks}
     if len(lengths) > 1:
@@ -87,7 +89,7 @@ def layout(where: Path, ranks: Sequence[Rank], said: Mapping[str, int]) -> Layou
             f"{kind} rank {n}" for kind, n, size in
             zip(("tensor", "pipeline", "expert"), missing, found, strict=True) if size > 1
         )  # fmt: skip
-        raise CorruptCheckpoint(
+        raise UnfinishedCheckpoint(
             f"{where} lacks {_file(ranks[0], missing, is_expert)}, the file of {numbers}: it holds "
             f"{len(placed)} of {found[0]} x {found[1]} x {found[2]} ranks (tensor, pipeline, "
             "expert). Fetch it, or point at a complete checkpoint."
@@ -134,6 +136,16 @@ def put_together(merger: Merger, placed: Layout, **known: Any) -> int:
         whole = parts[0].tensor if len(parts) == 1 else merger.combined(name, parts, SAME)
         merger.add(name, whole)
     return chunks
+
+
+def layer_numbers(tensors: Tensors) -> set[int]:
+    """The numbers of the layers in the deepest stack of a whole model."""
+    stacks: dict[str, set[int]] = {}
+    for name in tensors:
+        found = _LAYER.fullmatch(name)
+        if found and tensors[name].kind == "weight" and not _OWN_NUMBERS.fullmatch(found["stem"]):
+            stacks.setdefault(found["stem"], set()).add(int(found["number"]))
+    return max(stacks.values(), key=len, default=set())
 
 
 def _stage(
