@@ -16,7 +16,7 @@ import torch
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.formats import _archive
-from bioinit.formats.protocol import Open, StoredTensor
+from bioinit.formats.protocol import Contents, Open, StoredTensor
 from bioinit.layout import Dims
 from bioinit.storage import File, Folder
 from bioinit.storage.zip import LOCAL_START, data_start, members
@@ -26,6 +26,7 @@ FIRST_READ = 1024
 LONGEST_HEAD = 1 << 20
 MOST_HEADS = 8
 LENGTH_BYTES = 8
+LETTERS_PER_ENTRY = 128
 
 
 class Located(NamedTuple):
@@ -143,7 +144,7 @@ class Items:
             window = file.window(f"{file.name} from byte {offset}", offset, file.size - offset)
             alone = Folder.over(self.folder.path, {"image.safetensors": window})
             contents = self.open_inner(alone.lone("image.safetensors"))
-            self.blobs[key] = contents.tensors, saved_offsets(file, contents.metadata)
+            self.blobs[key] = contents.tensors, saved_offsets(file, contents)
         tensors, all_saved = self.blobs[key]
         if name not in tensors:
             _corrupt(file, name, "is not among its tensors")
@@ -165,11 +166,21 @@ def begins_item(file: File, offset: int) -> bool:
     return offset + 4 <= file.size and file.read(offset, 4) == LOCAL_START
 
 
-def saved_offsets(file: File, metadata: Mapping[str, Any]) -> dict[str, Dims]:
+def saved_offsets(file: File, contents: Contents) -> dict[str, Dims]:
     """Where in the whole tensor each tensor of a safetensors file begins, as DCP notes it."""
-    text = metadata.get("DCP_SHARDING_INFO")
+    text = contents.metadata.get("DCP_SHARDING_INFO")
     if text is None:
         return {}
+    # JSON spells a byte of a name with up to 6 letters, and an offset with up to 20.
+    names = sum(len(name.encode("utf-8", "replace")) for name in contents.tensors)
+    dims = sum(len(stored.shape) for stored in contents.tensors.values())
+    most = LETTERS_PER_ENTRY * (1 + len(contents.tensors)) + 6 * names + 24 * dims
+    if len(text) > most:
+        raise CorruptCheckpoint(
+            f"{file} is damaged: its note DCP_SHARDING_INFO takes {len(text)} letters, and where "
+            f"its {len(contents.tensors)} tensors begin takes {most} at most. Fetch or write it "
+            "again."
+        )
     try:
         noted = json.loads(text)
         return {name: _whole_numbers(entry["saved_offsets"]) for name, entry in noted.items()}

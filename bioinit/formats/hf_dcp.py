@@ -2,8 +2,9 @@
 
 Each file holds the piece of each tensor that its rank had; a note in its header says where in the
 whole tensor every piece begins. No index says how large a tensor is: it is as large as its pieces
-reach. Where the writer also merged the pieces, into ordinary files beside the folder ``sharded``,
-those are read and this format is not asked.
+reach, so files that are missing of the last ranks leave no trace, except in an index of the merged
+files where one was kept. Where the writer also merged the pieces, into ordinary files beside the
+folder ``sharded``, those are read and this format is not asked.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.formats._items import saved_offsets
 from bioinit.formats._tiling import fault
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
-from bioinit.layout import Dims
+from bioinit.layout import Dims, numel
 from bioinit.storage import File, Folder
 
 PART = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
-INSIDE = ("sharded", "model")
-"""Where torch puts them if it is to merge them too, and where NeMo Automodel does."""
+INSIDE = "sharded"
+"""Where torch puts them if it is to merge them too."""
 
 CONFIGS = ("consolidated", ".hf_metadata")
 """Where NeMo Automodel leaves the config, inside the folder of the parts."""
+
+INDEX = "model.safetensors.index.json"
+"""What is written with merged files, and sometimes kept where they were not."""
 
 MOST = 1 << 63
 
@@ -37,11 +41,10 @@ def _parts_in(folder: Folder) -> Folder | None:
         return folder
     if any(name.endswith(".safetensors") for name in folder.names()):
         return None
-    for name in INSIDE:
-        if name in folder.folders():
-            inner = folder.folder(name)
-            if any(PART.fullmatch(found) for found in inner.names()):
-                return inner
+    if INSIDE in folder.folders():
+        inner = folder.folder(INSIDE)
+        if any(PART.fullmatch(name) for name in inner.names()):
+            return inner
     return None
 
 
@@ -55,7 +58,7 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
     for name in names:
         found = open_inner(inner.lone(name))
         (file,) = found.files
-        saved = saved_offsets(file, found.metadata)
+        saved = saved_offsets(file, found)
         version = found.metadata.get("DCP_VERSION", version)
         number = len(files)
         for key, stored in found.tensors.items():
@@ -63,13 +66,60 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
             pieces.setdefault(key, []).append((file, stored, piece))
         files.append(file)
     tensors = {key: _merged(inner, key, held) for key, held in pieces.items()}
-    ranks = {match[1] for name in names if (match := PART.fullmatch(name))}
+    configs = [inner.folder(name) for name in CONFIGS if name in inner.folders()]
+    is_whole = _is_whole(inner, (folder, *configs), tensors)
+    ranks = sorted({int(match[1]) for name in names if (match := PART.fullmatch(name))})
+    many = f"{len(ranks)} ranks" if len(ranks) > 1 else "1 rank"
     metadata = {
         "writer": f"torch.distributed.checkpoint, for the hub {version or ''}".rstrip(),
-        "layout": f"{len(names)} files by {len(ranks)} ranks",
+        "layout": f"{len(names)} {'files' if len(names) > 1 else 'file'} by {many}",
     }
-    configs = [inner.folder(name) for name in CONFIGS if name in inner.folders()]
+    if not is_whole:
+        _require_in_a_row(inner, ranks)
+        metadata["layout"] += ", and the files do not say how many there were"
+    if not is_whole and len(ranks) > 1:
+        metadata["doubt"] = (
+            f"nothing in these files says how many ranks wrote them, and those of {len(ranks)} are "
+            "there: if later ones are missing, tensors are shorter than they were"
+        )
     return Contents(tuple(files), tensors, metadata, homes=(inner, *configs))
+
+
+def _is_whole(inner: Folder, others: tuple[Folder, ...], tensors: dict[str, StoredTensor]) -> bool:
+    """Whether an index of the merged files counts just the bytes that are here.
+
+    Raises:
+        UnfinishedCheckpoint: it counts more, or lists other tensors too.
+    """
+    home = next((home for home in (inner, *others) if home.has(INDEX)), None)
+    found = None if home is None else home.read_json(INDEX)
+    if home is None or not isinstance(found, dict):
+        return False
+    listed, said = found.get("weight_map"), found.get("metadata")
+    total = said.get("total_size") if isinstance(said, dict) else None
+    here = sum(numel(stored.shape) * stored.dtype.itemsize for stored in tensors.values())
+    lacking = [name for name in listed if name not in tensors] if isinstance(listed, dict) else []
+    if lacking or (type(total) is int and here < total):
+        what = f"lists {lacking[0]!r:.200}" if lacking else f"counts {total} bytes of tensors"
+        held = "no such tensor is in the files" if lacking else f"the files hold {here}"
+        raise UnfinishedCheckpoint(
+            f"{home.file(INDEX)} {what}, and {held}: of shard-*-model-*.safetensors "
+            f"in {inner.path} those of some ranks are missing. Fetch them, or remove the index if "
+            "it belongs to another checkpoint."
+        )
+    return type(total) is int and here == total
+
+
+def _require_in_a_row(folder: Folder, ranks: list[int]) -> None:
+    """Raise if files of a rank are missing between, or before, those of others."""
+    low = min(1, ranks[0])  # torch counts from 1
+    missing = next((low + at for at, rank in enumerate(ranks) if rank != low + at), None)
+    if missing is not None:
+        raise UnfinishedCheckpoint(
+            f"{folder.path} holds shard-{ranks[-1]:05d}-model-*.safetensors of one rank, but "
+            f"shard-{missing:05d}-model-*.safetensors of an earlier one is missing. Fetch it, or "
+            "point at a checkpoint that was finished."
+        )
 
 
 def _require_one_set(folder: Folder, names: list[str]) -> None:

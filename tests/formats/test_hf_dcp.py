@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
 from bioinit import formats
-from bioinit.errors import CorruptCheckpoint
+from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
 from bioinit.storage import Folder
 
 
@@ -99,6 +99,91 @@ def test_the_folder_that_automodel_keeps_the_config_in_is_searched_for_one(tmp_p
         name, contents = opened(path)
         assert name == "hf_dcp" and set(contents.tensors) == {"x"}
         assert model / ".hf_metadata" in [home.path for home in contents.homes]
+
+
+FOUR = [{"x": ((2 * rank, 0), torch.full((2, 3), float(rank)))} for rank in range(4)]
+FIRST, LAST = (f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 4))
+
+
+def write_index(folder: Path, total: object, *names: str) -> None:
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_that_nobody_knows_how_many_ranks_there_were_is_said(tmp_path):
+    write_parts(tmp_path, FOUR)
+    (tmp_path / LAST).unlink()
+    metadata = opened(tmp_path)[1].metadata
+    assert "how many ranks" in metadata["doubt"] and "those of 3 are there" in metadata["doubt"]
+    assert metadata["layout"].startswith("3 files by 3 ranks, and the files do not say how many")
+
+
+def test_one_rank_alone_is_no_doubt(tmp_path):
+    write_parts(tmp_path, FOUR[:1])
+    assert "doubt" not in opened(tmp_path)[1].metadata
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_the_files_of_an_earlier_rank_are_missed_though_the_rest_would_fit(missing, tmp_path):
+    write_parts(tmp_path, [{f"t{rank}": ((0,), torch.ones(1))} for rank in range(4)])
+    (tmp_path / f"shard-{missing:05}-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(UnfinishedCheckpoint, match=f"shard-{missing:05}-model.* is missing"):
+        opened(tmp_path)
+
+
+def test_ranks_may_be_counted_from_0(tmp_path):
+    write_parts(tmp_path, FOUR[:2])
+    for rank in (1, 2):
+        name = "shard-{:05}-model-00001-of-00001.safetensors"
+        (tmp_path / name.format(rank)).rename(tmp_path / name.format(rank - 1))
+    assert torch.equal(whole(opened(tmp_path)[1], "x")[2:], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("inside", ["", "sharded", "consolidated"])
+def test_an_index_of_the_merged_files_tells_whether_all_ranks_are_there(inside, tmp_path):
+    parts = tmp_path / ("sharded" if inside == "sharded" else "")
+    write_parts(parts, FOUR)
+    home = tmp_path / ("consolidated" if inside == "consolidated" else "")
+    home.mkdir(exist_ok=True)
+    write_index(home, 4 * 2 * 3 * 4, "x")
+    metadata = opened(tmp_path)[1].metadata
+    assert "doubt" not in metadata and metadata["layout"] == "4 files by 4 ranks"
+    (parts / LAST).unlink()
+    with pytest.raises(UnfinishedCheckpoint, match=r"counts 96 bytes.* hold 72"):
+        opened(tmp_path)
+    write_index(home, 72, "x", "of.rank.4")
+    with pytest.raises(UnfinishedCheckpoint, match=r"lists 'of\.rank\.4'"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("total", [None, "96", 10])
+def test_an_index_that_does_not_count_what_is_there_dispels_no_doubt(total, tmp_path):
+    write_parts(tmp_path, FOUR)
+    write_index(tmp_path, total, "x")
+    assert "doubt" in opened(tmp_path)[1].metadata
+
+
+def test_a_rank_that_had_nothing_to_store_is_not_missed_if_an_index_counts_the_rest(tmp_path):
+    write_parts(tmp_path, [FOUR[0], {"y": ((0,), torch.ones(1))}, FOUR[1]])
+    (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    write_index(tmp_path, 48, "x")
+    assert "doubt" not in opened(tmp_path)[1].metadata
+
+
+def test_a_note_far_longer_than_the_tensors_it_is_about_is_corrupt(tmp_path):
+    note = json.dumps({"x": {"saved_offsets": [0]}, "y": [[]] * 400})
+    save_file({"x": torch.zeros(2)}, tmp_path / FIRST, metadata={"DCP_SHARDING_INFO": note})
+    with pytest.raises(CorruptCheckpoint, match=r"takes .* letters"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\U0001f9ec" * 200, "\x01" * 200, "x"])
+def test_a_note_about_odd_names_is_not_too_long(name, tmp_path):
+    far = {f"{name}{i}": (((1 << 62),) * 8, torch.zeros((0,) * 8)) for i in range(20)}
+    write_parts(tmp_path, [far])
+    with pytest.raises(CorruptCheckpoint, match=r"^(?!.*letters)"):
+        opened(tmp_path)
 
 
 def test_torch_reads_the_same(tmp_path):
