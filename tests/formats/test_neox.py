@@ -319,6 +319,11 @@ def test_the_engines_ranks_count_stages_of_a_pipeline_too(has_args, tmp_path):
     args = {"args": {"model_parallel_size": 2}} if has_args else {}
     save_engines(folder, 8, mp_world_size=8, **args)
     assert opened(folder).metadata["parallel"] == {"tensor": 2}
+    if not has_args:
+        (folder / "mp_rank_07_model_states.pt").unlink()
+        save_engines(folder, 7, mp_world_size=7)
+        with pytest.raises(UnfinishedCheckpoint, match="2 of 7"):
+            opened(folder)
 
 
 def test_files_of_two_steps_do_not_belong_together(tmp_path):
