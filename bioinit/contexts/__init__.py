@@ -17,7 +17,13 @@ from bioinit import formats
 from bioinit.contexts import _subpath
 from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
-from bioinit.errors import RefusedCheckpoint, StorageError, UnknownFormat
+from bioinit.errors import (
+    RefusedCheckpoint,
+    StorageError,
+    UnfinishedCheckpoint,
+    UnknownFormat,
+)
+from bioinit.formats.protocol import Contents
 from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
@@ -76,6 +82,7 @@ def open_checkpoint(path: str | Path, whose: Whose | None = None) -> Checkpoint:
         for home in contents.homes:
             _refuse_adapters(home)
         context = find(contents.homes)
+        _require_all_ranks(folder, contents, context)
     except BaseException:
         folder.close()
         raise
@@ -153,6 +160,20 @@ def _refuse_what_needs_more(folder: Folder) -> None:
                 "from config.json; otherwise write your own module and use bioinit.load_weights "
                 "on a copy of the weights."
             )
+
+
+def _require_all_ranks(folder: Folder, contents: Contents, context: Context | None) -> None:
+    """Raise if a saved config counts more ranks than left a file, each of which is a part."""
+    for said in () if context is None else (context, *context.beside):
+        for axis in contents.metadata.get("ranks_with_files", ()):
+            field, held = f"{axis}_model_parallel_size", contents.metadata["parallel"][axis]
+            wanted = said.data.get(field)
+            if type(wanted) is int and wanted > held:
+                raise UnfinishedCheckpoint(
+                    f"{folder.path} holds the files of {held} {axis} rank{'s' * (held != 1)}, and "
+                    f"{said.where} says {field} {wanted}: the others are missing. Fetch them too, "
+                    "or point at a complete checkpoint."
+                )
 
 
 def _refuse_adapters(home: Folder) -> None:

@@ -149,14 +149,13 @@ def _is_slabbed(said: Mapping[str, Any], file: str) -> bool:
 
 def _doubt(merger: Merger, said: Mapping[str, Any], file: str, placed: Layout) -> str:
     """How queries, keys and values were read, where nothing says it and it makes a difference."""
-    is_told = said.get("checkpoint_version") is not None or placed.tensor == 1
-    if is_told or not any(is_fused(name) for name in merger.weights(merger.tensors)):
+    is_told = said.get("checkpoint_version") is not None or file.endswith(".ckpt")
+    is_same = placed.tensor == 1 or not any(map(is_fused, merger.weights(merger.tensors)))
+    if is_told or is_same:
         return ""
     order = "kept together by head, as version 1.0 and later have them"
     if _is_slabbed(said, file):
         order = "kept apart in each rank, as Megatron's version 0, which it takes such a file for"
-    elif file.endswith(".ckpt"):
-        order = "kept together by head, as NeMo 1 has them"
     return f"no checkpoint_version: queries, keys and values were read as {order}"
 
 
@@ -191,6 +190,7 @@ def _metadata(
     found: dict[str, Any] = {
         "writer": "NeMo 1" if file.endswith(".ckpt") else "Megatron-LM",
         "parallel": parallel,
+        "ranks_with_files": ("tensor", "pipeline"),
         "layout": f"{len(names)} ranks, each a folder with {file}",
         **merger.metadata,
     }

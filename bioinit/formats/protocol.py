@@ -54,11 +54,12 @@ class Contents:
     """Plain data for ``inspect``, under the names below where there is something to say:
 
     ``writer``: who wrote it; ``parallel``: its parallel layout, ``{"tensor": 2, "pipeline": 1}``;
-    ``layout``: how the files belong together; ``iteration``: the step at which it was saved;
-    ``objects``: what else the pickles hold; ``byte_objects``: stored objects that are listed and
-    never read; ``missing_chunks``: tensors of which a part is not stored but has the fill value;
-    ``ignored``: files that are not read, and why; ``state_dict``: where in a pickle the weights
-    are; ``inside``: the format of what lies inside; ``doubt``: what nobody can be sure of.
+    ``ranks_with_files``: which sizes of that were counted in files, and so may be held against the
+    saved config; ``layout``: how the files belong together; ``iteration``: the step at which it was
+    saved; ``objects``: what else the pickles hold; ``byte_objects``: stored objects that are listed
+    and never read; ``missing_chunks``: tensors of which a part is not stored but has the fill
+    value; ``ignored``: files that are not read, and why; ``state_dict``: where in a pickle the
+    weights are; ``inside``: the format of what lies inside; ``doubt``: what nobody can be sure of.
     """
 
     homes: tuple[Folder, ...] = ()

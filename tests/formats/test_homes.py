@@ -145,3 +145,14 @@ def test_a_bare_adapter_of_nemo_is_refused_with_its_base(tmp_path):
     (tmp_path / "it" / "weights" / "adapter_metadata.json").write_text(json.dumps(said))
     with pytest.raises(RefusedCheckpoint, match=r"adapter.*'/base/llama'"):
         bioinit.open_checkpoint(tmp_path / "it")
+
+
+def test_ranks_that_only_the_saved_config_knows_of_are_missed(tmp_path):
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save(STATE, tmp_path / "mp_rank_00" / "model_weights.ckpt")
+    config = tmp_path / "model_config.yaml"
+    config.write_text("tensor_model_parallel_size: 1\nhidden_size: 3\n")
+    assert opened(tmp_path) == "megatron_ranks"
+    config.write_text("tensor_model_parallel_size: 2\nhidden_size: 3\n")
+    with pytest.raises(UnfinishedCheckpoint, match=r"1 tensor rank, and .*model_config.yaml says"):
+        bioinit.open_checkpoint(tmp_path)
