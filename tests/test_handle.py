@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bioinit.errors import StorageError
+from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.storage import File
 from bioinit.storage import handle as handle_room
 
@@ -135,3 +135,104 @@ def test_forgotten_files_leave_the_pool(files, pool):
 def test_the_limit_follows_what_the_process_may_open(soft, most, monkeypatch):
     monkeypatch.setattr(handle_room.resource, "getrlimit", lambda _: (soft, soft))
     assert handle_room.most_descriptors() == most
+
+
+def renamed_onto(path):
+    other = path.with_name("other")
+    other.write_bytes(b"x" * 100)
+    os.utime(other, ns=(0, os.stat(path).st_mtime_ns))  # as archives that write no times leave it
+    os.replace(other, path)
+
+
+def written_over(path):
+    with open(path, "r+b") as stream:
+        stream.write(b"x" * 100)
+    os.utime(path, ns=(0, 1))
+
+
+def cut(path):
+    os.truncate(path, 50)
+
+
+CHANGES = (renamed_onto, written_over, cut)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_before_it_was_opened_is_not_read(change, files, pool):
+    change(files[0].path)
+    with pytest.raises(CorruptCheckpoint, match=r"0\.bin changed since it was opened: it had 100"):
+        files[0].read(0, 10)
+    with pytest.raises(CorruptCheckpoint, match="changed"):
+        files[0].fileno()
+    assert not len(pool)
+
+
+@pytest.mark.parametrize("forget", [lambda files: files[0].close(), None], ids=["closed", "evicted"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_is_not_read_when_it_is_opened_again(change, forget, files, pool):
+    files[0].read(0, 10)
+    for file in files[1:]:
+        file.read(0, 1)
+    if forget:
+        files[0].read(0, 10)
+        forget(files)
+    change(files[0].path)
+    with pytest.raises(CorruptCheckpoint, match="changed since it was opened"):
+        files[0].window("w", 10, 20).read_into(0, (bytearray(5),))
+    assert files[1].read(0, 1) == b"\1"
+
+
+@pytest.mark.parametrize("change", [written_over, cut])
+def test_a_file_that_changes_while_it_is_open_is_noticed_by_the_next_read(change, files, pool):
+    files[0].read(0, 10)
+    change(files[0].path)
+    time.sleep(2 * handle_room.SECONDS_BETWEEN_LOOKS)
+    with pytest.raises(CorruptCheckpoint, match="changed since it was opened"):
+        files[0].read(0, 10)
+    files[0].close()
+    assert not len(pool)
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_read_to_its_end(files, pool):
+    files[0].read(0, 10)
+    renamed_onto(files[0].path)
+    time.sleep(2 * handle_room.SECONDS_BETWEEN_LOOKS)
+    assert files[0].read(50, 50) == bytes(50)
+
+
+def test_looking_whether_a_file_changed_does_not_cost_each_read(files, pool, monkeypatch):
+    real, looks = os.fstat, []
+    monkeypatch.setattr(os, "fstat", lambda descriptor: looks.append(1) or real(descriptor))
+    begin = time.monotonic()
+    for _ in range(2000):
+        files[0].read(0, 10)
+    spent = time.monotonic() - begin
+    assert len(looks) <= 1 + spent / handle_room.SECONDS_BETWEEN_LOOKS
+
+
+def test_a_file_too_large_for_memory_is_told_with_its_size(tmp_path):
+    path = tmp_path / "sparse"
+    for size in (1 << 46, (1 << 63) - 1):
+        try:
+            with open(path, "wb") as stream:
+                os.truncate(stream.fileno(), size)
+        except OSError:
+            continue  # this file system knows no such sizes
+        with pytest.raises(CorruptCheckpoint, match=rf"sparse has {size} bytes.*into memory"):
+            File.at(path).read(0, size)
+
+
+def test_a_name_cannot_write_lines_of_its_own(tmp_path):
+    path = tmp_path / "x\nbioinit: all is well\x1b[2J\udcff"
+    path.write_bytes(b"x")
+    file = File.at(path)
+    for text in (str(file), str(file.window("in\nside", 0, 1))):
+        assert text.isprintable() and "x\\nbioinit" in text and "\\udcff" in text
+    os.truncate(path, 0)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        file.read(0, 1)
+    assert str(caught.value).isprintable()
+    path.unlink()
+    with pytest.raises(StorageError) as gone:
+        file.read(0, 1)
+    assert str(gone.value).isprintable()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from bioinit.errors import CorruptCheckpoint, StorageError
-from bioinit.storage.handle import Handle
+from bioinit.storage.handle import Handle, identity_of
+from bioinit.storage.shown import shown
 
 MOST_BUFFERS_PER_READ = 1024  # IOV_MAX of Linux
 MOST_BYTES_PER_READ = 1 << 30  # the kernel stops a little below 2 GiB
@@ -40,7 +41,7 @@ def disk_error(error: OSError, doing: str) -> StorageError:
     """``error`` as a :class:`StorageError`: what was being done, what the system said, the cure."""
     reason = os.strerror(error.errno).lower() if error.errno else str(error)
     cure = _CURES.get(error.errno or 0, "Check the file system.")
-    return StorageError(f"cannot {doing}: {reason}. {cure}")
+    return StorageError(f"cannot {shown(doing)}: {reason}. {cure}")
 
 
 class File:
@@ -69,9 +70,11 @@ class File:
         except OSError as error:
             raise disk_error(error, f"read {path}") from error
         if not stat.S_ISREG(found.st_mode):
-            raise StorageError(f"cannot read {path}: it is not a regular file. Check the path.")
+            raise StorageError(
+                f"cannot read {shown(path)}: it is not a regular file. Check the path."
+            )
         return cls(
-            Handle(path),
+            Handle(path, identity_of(found)),
             path.name if name is None else name,
             offset=0,
             size=found.st_size,
@@ -84,8 +87,8 @@ class File:
     def __str__(self) -> str:
         """The path, and inside it the member that the window shows."""
         if self.path.as_posix().endswith(self.name):
-            return str(self.path)
-        return f"{self.path} ({self.name})"
+            return shown(self.path)
+        return shown(f"{self.path} ({self.name})")
 
     @property
     def how(self) -> str | None:
@@ -129,7 +132,8 @@ class File:
         """Exactly ``size`` bytes from ``offset`` on.
 
         Raises:
-            CorruptCheckpoint: the file ends before that.
+            CorruptCheckpoint: the file ends before that, or is another one now, or these are more
+                bytes than fit into memory.
             StorageError: the file system refused.
         """
         self._require(offset, size)
@@ -139,11 +143,16 @@ class File:
             if len(data) == size:
                 done = size
                 return data
+            buffer = bytearray(size)
         except OSError as error:
             raise disk_error(error, f"read {self}") from error
+        except (MemoryError, OverflowError) as error:
+            raise CorruptCheckpoint(
+                f"{self} has {self.size} bytes, and {size} of them, which are read in one go, do "
+                "not fit into memory. Check that it is the file that is meant, or fetch it again."
+            ) from error
         finally:
             self._handle.release(done)
-        buffer = bytearray(size)
         self.read_into(offset, (buffer,))
         return bytes(buffer)
 
@@ -154,7 +163,7 @@ class File:
         read in parallel.
 
         Raises:
-            CorruptCheckpoint: the file ends before the buffers are full.
+            CorruptCheckpoint: the file ends before the buffers are full, or is another one now.
             StorageError: the file system refused.
         """
         views = [memoryview(buffer).cast("B") for buffer in buffers]

@@ -1,7 +1,9 @@
 """Open files of the disk: one handle per file, and no more descriptors at once than there may be.
 
 A checkpoint of thousands of files is read through a few hundred descriptors. A handle opens its
-file when somebody reads, and may be closed behind their back as soon as nobody does.
+file when somebody reads, and may be closed behind their back as soon as nobody does. What it opens
+must still be the file that was looked at: headers were read from that one, and their offsets mean
+nothing in another.
 """
 
 from __future__ import annotations
@@ -13,19 +15,37 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
+
+from bioinit.errors import CorruptCheckpoint
+from bioinit.storage.shown import shown
 
 MOST_DESCRIPTORS = 512
 FEWEST_DESCRIPTORS = 4
+SECONDS_BETWEEN_LOOKS = 0.001
+"""Looking at an open file takes most of the time of a small read, so not each read does it."""
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
+
+
+def identity_of(found: os.stat_result) -> Identity:
+    """What stays the same as long as a file is the same and nobody writes it."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Handle:
-    """One file of the disk, shared by all its windows: its descriptor, and what was read."""
+    """One file of the disk, shared by all its windows: its descriptor, and what was read.
 
-    __slots__ = ("_slot", "bytes_read", "opened", "path")
+    ``identity`` is what it was when somebody looked at it; any other file is refused.
+    """
 
-    def __init__(self, path: Path) -> None:
+    __slots__ = ("_identity", "_slot", "bytes_read", "opened", "path")
+
+    def __init__(self, path: Path, identity: Identity) -> None:
         self.path = path
+        self._identity = identity
         self.opened = 0
         self.bytes_read = 0
         self._slot = _Slot()
@@ -35,25 +55,51 @@ class Handle:
 
         Raises:
             OSError: the file cannot be opened.
+            CorruptCheckpoint: another file, or other bytes, stand there now.
         """
         slot = self._slot
         with slot.lock:
             if slot.descriptor < 0:
                 slot.descriptor = POOL.open(slot, self.path)
                 self.opened += 1
+                try:
+                    self._look(slot)
+                except BaseException:
+                    POOL.close(slot)
+                    raise
             else:
                 slot.is_recent = True
             slot.readers += 1
             return slot.descriptor
 
     def release(self, size: int) -> None:
-        """What was acquired is no longer in use; ``size`` bytes were read."""
+        """What was acquired is no longer in use; ``size`` bytes were read.
+
+        Raises:
+            CorruptCheckpoint: somebody writes the file.
+        """
         slot = self._slot
         with slot.lock:
-            slot.readers -= 1
-            self.bytes_read += size
-            if slot.is_closing and not slot.readers:
-                POOL.close(slot)
+            try:
+                if monotonic() >= slot.look_at:
+                    self._look(slot)
+            finally:
+                slot.readers -= 1
+                self.bytes_read += size
+                if slot.is_closing and not slot.readers:
+                    POOL.close(slot)
+
+    def _look(self, slot: _Slot) -> None:
+        """Refuse what is open, if it is no longer what it was."""
+        slot.look_at = monotonic() + SECONDS_BETWEEN_LOOKS
+        found = os.fstat(slot.descriptor)
+        if identity_of(found) != self._identity:
+            size, now = self._identity[2], found.st_size
+            raise CorruptCheckpoint(
+                f"{shown(self.path)} changed since it was opened: it had {size} bytes, and "
+                f"{f'has {now}' if now != size else 'other ones may stand there'} now. Wait until "
+                "nobody writes it, then start again."
+            )
 
     def keep(self) -> int:
         """The descriptor, which stays open until the handle is closed."""
@@ -82,7 +128,7 @@ class Handle:
 class _Slot:
     """A descriptor, or -1, and who uses it. ``lock`` guards the rest."""
 
-    __slots__ = ("descriptor", "is_closing", "is_kept", "is_recent", "lock", "readers")
+    __slots__ = ("descriptor", "is_closing", "is_kept", "is_recent", "lock", "look_at", "readers")
 
     def __init__(self) -> None:
         self.descriptor = -1
@@ -90,6 +136,7 @@ class _Slot:
         self.is_closing = False
         self.is_kept = False
         self.is_recent = False
+        self.look_at = 0.0
         self.lock = threading.Lock()
 
 
