@@ -44,7 +44,8 @@ _INSIDE = ("tokenizer",)
 
 def wrote(folder: Folder) -> bool:
     """Whether Megatron wrote this, and not torch alone."""
-    return any(name in folder.names() for name in (CONFIG, COMMON))
+    names = folder.names()
+    return CONFIG in names or COMMON in names or all(name in names for name in _BRIDGE)
 
 
 def is_begun(folder: Folder) -> bool:
@@ -52,9 +53,8 @@ def is_begun(folder: Folder) -> bool:
     names = folder.names()
     if CONFIG in names:
         return backend(folder) == BACKEND
-    begun = COMMON in names or all(name in names for name in _BRIDGE)
     return (
-        begun
+        wrote(folder)
         and all(name in _INSIDE for name in folder.folders())
         and all(_BESIDE.fullmatch(name) for name in names)
     )
@@ -122,8 +122,9 @@ def describe(
 ) -> dict[str, Any]:
     """The writer, its parallel layout and what else it saved, as plain data."""
     names = folder.names()
-    if CONFIG not in names:
-        return {"writer": torch_writer}
+    if CONFIG not in names:  # as Bridge leaves it after training with FSDP
+        by_bridge = all(name in names for name in _BRIDGE)
+        return {"writer": f"Megatron-Bridge, {torch_writer}" if by_bridge else torch_writer}
     common = _common(folder.file(COMMON))
     metadata: dict[str, Any] = {"objects": plain(common)}
     values = common if type(common) is dict else {}

@@ -465,6 +465,15 @@ def test_a_step_of_bridge_that_was_stopped_at_once_is_unfinished(tmp_path):
         opened(tmp_path)
 
 
+def test_a_step_of_bridge_without_megatrons_files_names_its_writer(tmp_path):
+    save({"scaler.mean": torch.ones(2), "w.weight": torch.ones(2)}, tmp_path)
+    (tmp_path / "run_config.yaml").write_text("model: {}")
+    torch.save({"step": torch.tensor(1)}, tmp_path / "train_state.pt")
+    found = opened(tmp_path)
+    assert found.metadata["writer"].startswith("Megatron-Bridge, torch")
+    assert found.tensors["scaler.mean"].kind == "optimizer"
+
+
 def test_an_index_larger_than_any_is_not_even_read(tmp_path):
     save({"w": torch.ones(2)}, tmp_path)
     with open(tmp_path / ".metadata", "r+b") as file:
