@@ -120,7 +120,15 @@ def _open_directory(folder: Folder, pointed_at: str | None = None) -> tuple[str,
     fitting = _fitting(folder)
     if fitting:
         name = _only(folder, fitting)
-        return name, load(name).open(folder, _open_inner)
+        found = load(name)
+        # What is packed into an archive may have any name; its tree says which the weights are.
+        beside = _directory.usual(folder) if found.unpack is None else None
+        if beside is not None:
+            raise AmbiguousFormat(
+                f"{folder.path} is a checkpoint of the format {name}, and {beside} beside it holds "
+                "weights too. Point at that file if it is meant, or move it away."
+            )
+        return name, found.open(folder, _open_inner)
     chosen = _directory.choose(folder, pointed_at=pointed_at)
     if chosen is None:
         _raise_unknown_directory(folder)

@@ -27,6 +27,7 @@ _NOT_WEIGHTS = re.compile(
     r"|sampler.*|dl_state_dict.*|trainer_state|(latest_)?train_state|train_dataloader_.*"
     r"|.*optim_states|adapter_.*|tokenizer.*|common"
 )
+_USUAL = 1
 _STEM_BY_DEFAULT = {SAFE: "model", "bin": "pytorch_model"}
 
 
@@ -77,6 +78,12 @@ def has_weights(folder: Folder) -> bool:
     """Whether a name in ``folder`` looks like a file of weights that stands by itself."""
     found = map(_WEIGHTS.fullmatch, folder.names())
     return any(match and not _NOT_WEIGHTS.fullmatch(match["stem"]) for match in found)
+
+
+def usual(folder: Folder) -> WeightSet | None:
+    """A set of weights in ``folder`` that has the name Hugging Face gives it, if there is one."""
+    here = (found for found in _sets(folder) if found.files)
+    return next((found for found in here if found.rank <= _USUAL), None)
 
 
 def choose(folder: Folder, *, pointed_at: str | None = None) -> Chosen | None:

@@ -88,6 +88,14 @@ def test_weights_gathered_beside_the_steps_are_preferred(tmp_path):
     assert opened(tmp_path) == "safetensors"
 
 
+def test_weights_of_the_hub_beside_another_format_are_ambiguous(tmp_path):
+    write_step(tmp_path / "it")
+    save_file(STATE, tmp_path / "it" / "model.safetensors")
+    with pytest.raises(AmbiguousFormat, match=r"torch_dist, and model\.safetensors"):
+        formats.open_weights(Folder.at(tmp_path / "it"))
+    assert opened(tmp_path / "it" / "model.safetensors") == "safetensors"
+
+
 def test_weights_outside_and_inside_are_ambiguous(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     write_step(tmp_path / "weights")
