@@ -6,6 +6,9 @@ the archive's directory says where the storages lie. Nothing is extracted and no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bioinit.errors import CorruptCheckpoint
 from bioinit.formats import _archive
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
@@ -13,6 +16,7 @@ from bioinit.storage import File, Folder
 from bioinit.storage.zip import LOCAL_START, Member, data_start, first_name, members
 from bioinit.unpickle import Found, Placing, find_weights, load
 
+_LIGHTNING = "pytorch-lightning_version"
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -41,7 +45,18 @@ def _open(folder: Folder, open_inner: Open) -> Contents:
         for name, ref in refs.items():
             shape, dtype, offset, box = placing.place(name, ref)
             tensors[name] = StoredTensor(shape, dtype, (Piece(0, offset, box),), kind)
-    return Contents((file,), tensors, found.metadata)
+    return Contents((file,), tensors, {**_writer(found.metadata), **found.metadata})
+
+
+def _writer(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Who wrote it and at which step, if that is among the objects beside the tensors."""
+    objects = metadata.get("objects")
+    version = objects.get(_LIGHTNING) if isinstance(objects, dict) else None
+    if not isinstance(objects, dict) or not isinstance(version, str):
+        return {}
+    step = objects.get("global_step")
+    said: dict[str, Any] = {"writer": f"Lightning {version}"}
+    return {**said, "iteration": step} if type(step) is int else said
 
 
 def _content(file: File, name: str, found: dict[str, Member]) -> bytes:

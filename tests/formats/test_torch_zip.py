@@ -43,6 +43,13 @@ def write_tiny_sharded(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+def test_lightning_is_told_by_what_it_keeps_beside_the_weights(tmp_path):
+    held = {"state_dict": {"w": torch.ones(2)}, "pytorch-lightning_version": "2.5.1"}
+    torch.save({**held, "global_step": 7, "epoch": 1}, tmp_path / "last.ckpt")
+    metadata = opened(tmp_path).metadata
+    assert metadata["writer"] == "Lightning 2.5.1" and metadata["iteration"] == 7
+
+
 def opened(path: Path) -> Contents:
     return formats.open_weights(Folder.at(path))[1]
 
