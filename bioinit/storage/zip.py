@@ -32,19 +32,22 @@ class Member(NamedTuple):
     size: int
     is_plain: bool
     """Neither compressed nor encrypted: its bytes in the archive are its bytes."""
+    end: int
+    """Where the next member, or the directory, begins."""
 
 
 def members(file: File) -> dict[str, Member]:
     """The members of the archive ``file`` by name.
 
     Raises:
-        CorruptCheckpoint: its directory is missing or contradicts itself.
+        CorruptCheckpoint: its directory is missing or contradicts itself, or members overlap.
     """
     count, begin, size = _directory(file)
     if begin + size > file.size:
         _corrupt(file, f"its directory should end at byte {begin + size} of {file.size}")
     data = file.read(begin, size)
-    found: dict[str, Member] = {}
+    found: dict[str, tuple[int, int, bool]] = {}
+    ends: list[tuple[int, int]] = []
     position = 0
     for _ in range(count):
         if position + _ENTRY.size > size:
@@ -55,7 +58,7 @@ def members(file: File) -> dict[str, Member]:
         if start != b"PK\x01\x02":
             _corrupt(file, f"member {len(found)} of its directory is no directory entry")
         position += _ENTRY.size
-        name = data[position : position + name_size].decode("utf-8", "replace")
+        name = data[position : position + name_size].decode("utf-8", "surrogateescape")
         position += name_size
         if _SEE_EXTRA_32 in (packed, unpacked, header):
             extra = data[position : position + extra_size]
@@ -64,15 +67,33 @@ def members(file: File) -> dict[str, Member]:
         is_plain = method == 0 and not flags & _ENCRYPTED and packed == unpacked
         if name in found:
             _corrupt(file, f"it has two members called {name!r}")
-        found[name] = Member(header, unpacked, is_plain)
-    return found
+        found[name] = (header, unpacked, is_plain)
+        ends.append((header, header + _LOCAL.size + name_size + packed))
+    return _apart(file, found, ends, begin)
+
+
+def _apart(
+    file: File, found: dict[str, tuple[int, int, bool]], ends: list[tuple[int, int]], begin: int
+) -> dict[str, Member]:
+    """The members, none of which begins before the one before it has ended."""
+    ends.sort()
+    follows: dict[int, int] = {}
+    for (header, end), (following, _) in zip(ends, [*ends[1:], (begin, 0)], strict=True):
+        if end > following:
+            _corrupt(
+                file,
+                f"the member at byte {header} ends at byte {end} at the earliest, and the next one "
+                f"begins at byte {following}",
+            )
+        follows[header] = following
+    return {name: Member(*member, follows[member[0]]) for name, member in found.items()}
 
 
 def data_start(file: File, name: str, member: Member) -> int:
     """The byte of ``file`` at which the data of ``member`` begins.
 
     Raises:
-        CorruptCheckpoint: there is no such member there, or it reaches beyond the file.
+        CorruptCheckpoint: another member or none is there, or it reaches beyond its end.
         RefusedCheckpoint: its bytes are compressed or encrypted.
     """
     if not member.is_plain:
@@ -80,13 +101,20 @@ def data_start(file: File, name: str, member: Member) -> int:
             f"{file} holds {name} compressed or encrypted, so its bytes cannot be read in place. "
             "Unpack it and write it again with torch.save, or as safetensors."
         )
-    header = file.read(member.header, _LOCAL.size)
-    fields = _LOCAL.unpack(header)
+    spelled = name.encode("utf-8", "surrogateescape")
+    header = file.read(member.header, _LOCAL.size + len(spelled))
+    fields = _LOCAL.unpack_from(header)
     if fields[0] != LOCAL_START:
         _corrupt(file, f"its member {name} does not begin at byte {member.header}")
+    if fields[9] != len(spelled) or not header.endswith(spelled):
+        _corrupt(
+            file, f"its directory says {name} begins at byte {member.header}, and another does"
+        )
     start: int = member.header + _LOCAL.size + fields[9] + fields[10]
-    if start + member.size > file.size:
-        _corrupt(file, f"its member {name} should end at byte {start + member.size}")
+    if start + member.size > member.end:
+        _corrupt(
+            file, f"its member {name} ends at byte {start + member.size} instead of {member.end}"
+        )
     return start
 
 
