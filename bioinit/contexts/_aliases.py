@@ -36,11 +36,6 @@ MOVED = {
     "torch._C._nn.gelu": "torch.nn.functional.gelu",
 }
 
-_PACKAGES = (
-    # What `from nemo.collections import llm` offers is defined one file per family.
-    (re.compile(r"nemo\.collections\.llm(?:\.gpt(?:\.model)?)?\.(\w+)"), _NEMO),
-    (re.compile(r"megatron\.bridge\.models\.(\w+)"), _BRIDGE),
-)
 _NEMO_FAMILIES = (
     (r"(?:Code)?[Ll]lama\d*Config\w*", "llama.LlamaConfig"),
     (r"(?:MLPerf)?Llama4\w*Config\w*", "llama.Llama4Config"),
@@ -69,8 +64,8 @@ _BRIDGE_FAMILIES = (
     (r"GPTProvider\w*|GPTModelProvider\w*", "gpt_provider.GPTModelProvider"),
 )
 _PRESETS = (
-    (re.compile(rf"{re.escape(_NEMO)}(?:\.\w+)*\."), _NEMO, _NEMO_FAMILIES),
-    (re.compile(r"nemo\.collections\.llm\."), _NEMO, _NEMO_FAMILIES),
+    # `from nemo.collections import llm` offers what is defined one file per family.
+    (re.compile(r"nemo\.collections\.llm(?:\.\w+)*\."), _NEMO, _NEMO_FAMILIES),
     (re.compile(rf"{re.escape(_BRIDGE)}(?:\.\w+)*\."), _BRIDGE, _BRIDGE_FAMILIES),
 )
 
@@ -79,6 +74,8 @@ def canonical(name: str) -> str:
     """The one name by which we know the class or function that a saved config calls ``name``.
 
     >>> canonical("nemo.collections.llm.gpt.model.llama.Llama3Config8B")
+    'nemo.collections.llm.gpt.model.llama.LlamaConfig'
+    >>> canonical("nemo.collections.llm.gpt.Llama3Config8B")
     'nemo.collections.llm.gpt.model.llama.LlamaConfig'
     >>> canonical("somebody.elses.Config")
     'somebody.elses.Config'
