@@ -111,7 +111,8 @@ class Checkpoint:
                 lines.append(f"{name} {dtype} {kind} {shape}")
                 for file, offset, (offsets, sizes, start, strides) in pieces:
                     lines.append(f"{file} {offset} {offsets} {sizes} {start} {strides}")
-            self._digest = hashlib.sha256("\0".join(lines).encode()).hexdigest()
+            data = "\0".join(lines).encode("utf-8", "surrogatepass")  # names need not be text
+            self._digest = hashlib.sha256(data).hexdigest()
         return self._digest
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:

@@ -18,9 +18,14 @@ from typing import Any, Self
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.storage.file import File, disk_error
+from bioinit.storage.shown import shown
 
 LONGEST_SHOWN = 100
 DEEPEST_JSON = 100
+MOST_TEXT = 64 << 20
+SMALL_TEXT = 1 << 20
+LETTERS_PER_CONTAINER, MORE_CONTAINERS = 64, 10_000
+LETTERS_PER_ENTRY, MORE_ENTRIES = 16, 50_000
 _NO_NAMES = frozenset(("", ".", ".."))
 
 
@@ -89,6 +94,9 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"Folder({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        return shown(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +172,7 @@ class Folder:
             if self._members is not None:
                 return self._member(name)
             if self.is_file and name != self._only:
-                raise StorageError(f"cannot read {self.path}/{name}: {self.path} is a file.")
+                raise StorageError(f"cannot read {self}/{shown(name)}: {self} is a file.")
             found = File.at(self.path if self.is_file else self.path / name, name)
             self._files[name] = found
         return found
@@ -173,7 +181,7 @@ class Folder:
         """Refuse a ``name`` that a checkpoint gave, if it leads out of this folder."""
         if not _stays_inside(name):
             raise RefusedCheckpoint(
-                f"the checkpoint at {self.path} names the file {name!r:.200}, which leads out "
+                f"the checkpoint at {self} names the file {name!r:.200}, which leads out "
                 "of it. Only plain relative names are followed: get the checkpoint from a source "
                 "you trust, or correct the name."
             )
@@ -181,7 +189,7 @@ class Folder:
     def _member(self, name: str) -> File:
         found = (self._members or {}).get(name)
         if found is None:
-            raise StorageError(f"cannot read {self.path}/{name}: the archive has no such member.")
+            raise StorageError(f"cannot read {self}/{shown(name)}: the archive has no such member.")
         return found
 
     def folder(self, name: str) -> Folder:
@@ -190,11 +198,11 @@ class Folder:
             first, _, rest = name.partition("/")
             members = self._members_by_folder().get(first)
             if members is None:
-                raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
+                raise StorageError(f"{self} has no folder {name!r}. Check the path.")
             inner = Folder(self.path / first, members=members)
             return inner.folder(rest) if rest else inner
         if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
-            raise StorageError(f"{self.path} has no folder {name!r}. Check the path.")
+            raise StorageError(f"{self} has no folder {name!r}. Check the path.")
         return Folder(self.path / name)
 
     def _members_by_folder(self) -> dict[str, dict[str, File]]:
@@ -216,13 +224,18 @@ class Folder:
         alone._files[file.path.name] = file
         return alone
 
-    def read_text(self, name: str) -> str:
-        """The text of a file.
+    def read_text(self, name: str, *, most: int = MOST_TEXT) -> str:
+        """The text of a file of at most ``most`` bytes.
 
         Raises:
-            CorruptCheckpoint: it is not UTF-8.
+            CorruptCheckpoint: it is larger, or not UTF-8.
         """
         file = self.file(name)
+        if file.size > most:
+            raise CorruptCheckpoint(
+                f"{file} has {file.size} bytes, and such a file has {most} at the most. Check that "
+                "it is the file that is meant, or fetch it again."
+            )
         try:
             return file.read(0, file.size).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -231,16 +244,21 @@ class Folder:
                 "it again."
             ) from error
 
-    def read_json(self, name: str) -> Any:
-        """The value of a JSON file.
+    def read_json(self, name: str, *, most: int = MOST_TEXT) -> Any:
+        """The value of a JSON file of at most ``most`` bytes.
 
         Raises:
-            CorruptCheckpoint: it is not JSON, or an object in it has the same key twice.
+            CorruptCheckpoint: it is larger or not JSON, an object in it has the same key twice, or
+                it would take far more memory than it is long.
         """
-        text = self.read_text(name)
+        text = self.read_text(name, most=most)
         try:
+            containers = text.count("[") + text.count("{")
+            if len(text) > SMALL_TEXT:
+                _require_sparse(text, containers)
             value = json.loads(text, object_pairs_hook=_without_duplicates)
-            _require_shallow(value)
+            if containers > DEEPEST_JSON:
+                _require_shallow(value)
             return value
         except (ValueError, RecursionError) as error:
             raise CorruptCheckpoint(
@@ -308,6 +326,15 @@ def leftovers(path: Path) -> list[Path]:
     return sorted(found, key=lambda one: (one.suffix != ".old", one.name))
 
 
+def _require_sparse(text: str, containers: int) -> None:
+    """Raise if a large text spells more values than any index of weights; strings count along."""
+    most = len(text) // LETTERS_PER_CONTAINER + MORE_CONTAINERS
+    if containers > most:
+        raise ValueError(f"it spells {containers} lists and objects in {len(text)} characters")
+    if text.count(",") > len(text) // LETTERS_PER_ENTRY + MORE_ENTRIES:
+        raise ValueError(f"it spells {text.count(',')} values in {len(text)} characters")
+
+
 def _require_shallow(value: Any) -> None:
     """Raise if ``value`` is nested so deep that a walk over it could overflow Python's stack."""
     level = [value]
@@ -315,9 +342,9 @@ def _require_shallow(value: Any) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                inner.extend(entry for entry in item.values() if isinstance(entry, dict | list))
-            elif isinstance(item, list):
-                inner.extend(entry for entry in item if isinstance(entry, dict | list))
+                inner.extend(e for e in item.values() if type(e) is dict or type(e) is list)
+            elif item:
+                inner.extend(e for e in item if type(e) is dict or type(e) is list)
         if not inner:
             return
         level = inner
