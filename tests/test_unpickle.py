@@ -643,3 +643,34 @@ def test_unlisted_members_of_enumerations_are_refused_by_name_only():
         {"refused": f"{__name__}.Color"},
         {"class": f"{__name__}.Color", "state": "RED"},
     )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(b"]", b"}", b"\x8f", b"(", b"\x85", b")\x85", b"(l", b"(d", b"()\x91", b")R", b")\x81"),
+        *(b"}K\1K\1s", b"}(K\1K\1u"),
+    ],
+    ids=repr,
+)
+def test_a_pickle_that_builds_far_more_than_it_is_long_is_corrupt(part):
+    with pytest.raises(CorruptCheckpoint, match="far more objects"):
+        load(b"\x80\x02(cx\ny\n" + part * 500_000 + b"l.")
+
+
+@pytest.mark.parametrize("body", [b"]]", b"(]", b"(](", b"K\1(K\2", b"N(0]2"], ids=repr)
+def test_a_pickle_that_leaves_something_at_its_end_is_corrupt(body):
+    with pytest.raises(CorruptCheckpoint, match="more than one value"):
+        load(b"\x80\x02" + body + b".")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_large_plain_values_of_an_optimizer_are_read(protocol):
+    value = {
+        "numbers": list(range(300_000)),
+        "small": [n % 200 for n in range(2_000_000)],
+        "pairs": [(n % 7, n % 200) for n in range(50_000)],
+        "groups": [{"params": [n % 200], "lr": 0.5} for n in range(20_000)],
+        "names": {f"layers.{n}.weight": [n] for n in range(100_000)},
+    }
+    assert load(pickle.dumps(value, protocol)) == value

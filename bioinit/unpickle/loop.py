@@ -18,7 +18,14 @@ from bioinit.unpickle.machine import Machine, Table, Truncated
 from bioinit.unpickle.operations import RARE
 from bioinit.unpickle.values import Opaque, Symbol
 
+FEWEST_UNITS = 200_000
+BYTES_PER_UNIT = 4
+"""What is built may take a unit, some 64 bytes of memory, for each so many bytes of the pickle. The
+places of many small chunks, which are dense, take a unit for seven."""
+FILLED_DICT = 2
+TOO_MANY = "far more objects are built than the pickle is long"
 _UINT16 = struct.Struct("<H").unpack_from
+_INT32 = struct.Struct("<i").unpack_from
 _UINT32 = struct.Struct("<I").unpack_from
 
 
@@ -39,7 +46,7 @@ def run(data: bytes, start: int, table: Table, persistent: Callable[[Any], Any])
     except (MemoryError, RecursionError) as error:
         raise CorruptCheckpoint(
             f"the pickle asks for the impossible near byte {machine.position}: "
-            f"{type(error).__name__}"
+            f"{str(error)[:200] or type(error).__name__}"
         ) from error
 
 
@@ -48,6 +55,7 @@ def _loop(machine: Machine) -> Any:
     data, stack, marks, memo = machine.data, machine.stack, machine.marks, machine.memo
     push, pop, rare, persistent = stack.append, stack.pop, RARE, machine.persistent
     position, size = machine.position, len(data)
+    room = FEWEST_UNITS + (size - position) // BYTES_PER_UNIT
     try:
         while True:
             op = data[position]
@@ -64,10 +72,16 @@ def _loop(machine: Machine) -> Any:
                     position += 4
                 elif op == 0x28:  # MARK
                     marks.append(len(stack))
+                    room -= 1
+                    if room < 0:
+                        raise MemoryError(TOO_MANY)
                 elif op == 0x29:  # EMPTY_TUPLE
                     push(())
                 elif op == 0x52:  # REDUCE
                     args, function = pop(), pop()
+                    room -= 1
+                    if room < 0:
+                        raise MemoryError(TOO_MANY)
                     if args and type(function) is Symbol and function.copies:
                         machine.pay(args)
                     push(call(function, args))
@@ -91,11 +105,23 @@ def _loop(machine: Machine) -> Any:
                         restore(target, state)
                 elif op == 0x51:  # BINPERSID
                     push(persistent(pop()))
+                elif op == 0x4A:  # BININT
+                    push(_INT32(data, position)[0])
+                    position += 4
+                elif op == 0x4E:  # NONE
+                    push(None)
                 elif op == 0x2E:  # STOP
-                    return pop()
+                    value = pop()
+                    if stack or marks:
+                        raise ValueError("it ends with more than one value")
+                    return value
                 else:
+                    run_rare, units = rare[op]
+                    room -= units
+                    if room < 0:
+                        raise MemoryError(TOO_MANY)
                     machine.position = position
-                    rare[op](machine)
+                    run_rare(machine)
                     position = machine.position
             elif op == 0x94:  # MEMOIZE
                 memo.append(stack[-1])
@@ -109,6 +135,9 @@ def _loop(machine: Machine) -> Any:
             elif op == 0x86:  # TUPLE2
                 last = pop()
                 push((pop(), last))
+                room -= 1
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
             elif op == 0x74:  # TUPLE
                 mark = marks.pop()
                 taken = tuple(stack[mark:])
@@ -116,16 +145,28 @@ def _loop(machine: Machine) -> Any:
                 push(taken)
             elif op == 0x85:  # TUPLE1
                 push((pop(),))
+                room -= 1
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
             elif op == 0x81:  # NEWOBJ
                 args, function = pop(), pop()
+                room -= 1
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
                 if args and type(function) is Symbol and function.copies:
                     machine.pay(args)
                 push(new(function, args))
             elif op == 0x7D:  # EMPTY_DICT
                 push({})
+                room -= 1
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
             elif op == 0x75:  # SETITEMS
                 mark = marks.pop()
                 pairs = stack[mark:]
+                room -= FILLED_DICT
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
                 del stack[mark:]
                 put(stack[-1], pairs)
             elif op == 0x89:  # NEWFALSE
@@ -137,8 +178,12 @@ def _loop(machine: Machine) -> Any:
                     raise Truncated("the pickle breaks off")
                 push(data[begin:position].decode("utf-8", "surrogatepass"))
             else:
+                run_rare, units = rare[op]
+                room -= units
+                if room < 0:
+                    raise MemoryError(TOO_MANY)
                 machine.position = position
-                rare[op](machine)
+                run_rare(machine)
                 position = machine.position
     finally:
         machine.position = position
