@@ -113,7 +113,7 @@ def _loop(machine: Machine) -> Any:
                 elif op == 0x2E:  # STOP
                     value = pop()
                     if stack or marks:
-                        raise ValueError("it ends with more than one value")
+                        raise CorruptCheckpoint("the pickle ends with more than one value")
                     return value
                 else:
                     run_rare, units = rare[op]
