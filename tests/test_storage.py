@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from bioinit.errors import BioinitError, CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.storage import File, Folder, atomic_folder, require_free
 from bioinit.storage import file as file_room
-from bioinit.storage import write as write_room
 from bioinit.storage import handle as handle_room
+from bioinit.storage import write as write_room
 from bioinit.storage.zip import data_start, first_name, members
 
 BYTES = bytes(range(256)) * 16

@@ -80,10 +80,12 @@ def _apart(
     follows: dict[int, int] = {}
     for (header, end), (following, _) in zip(ends, [*ends[1:], (begin, 0)], strict=True):
         if end > following:
+            names = {member[0]: name for name, member in found.items()}
+            after = names.get(following)
             _corrupt(
                 file,
-                f"the member at byte {header} ends at byte {end} at the earliest, and the next one "
-                f"begins at byte {following}",
+                f"its member {names[header]} at byte {header} ends at byte {end} at the earliest, "
+                f"and {f'member {after}' if after else 'the directory'} begins at byte {following}",
             )
         follows[header] = following
     return {name: Member(*member, follows[member[0]]) for name, member in found.items()}
