@@ -63,9 +63,9 @@ def pushed_into_the_next(data, at):
     ("change", "said"),
     [
         (exchanged, "data/0 begins at byte .* and another does"),
-        (both_at_one, "the next one begins"),
-        (one_inside_the_other, "the next one begins"),
-        (longer_than_its_place, "the next one begins"),
+        (both_at_one, "begins at byte"),
+        (one_inside_the_other, "begins at byte"),
+        (longer_than_its_place, "begins at byte"),
         (pushed_into_the_next, "data/0 ends at byte"),
     ],
 )
