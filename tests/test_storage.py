@@ -246,10 +246,10 @@ def test_json_nested_deep_is_corrupt_before_anybody_walks_over_it(tmp_path):
 
 
 def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
-    items = ",".join(f'"{n}":0' for n in range(200_000))
-    (tmp_path / "x.json").write_text("{" + items + ',"199999":1}')
+    items = ",".join(f'"{n}":0' for n in range(90_000))
+    (tmp_path / "x.json").write_text("{" + items + ',"89999":1}')
     begin = time.process_time()
-    with pytest.raises(CorruptCheckpoint, match="'199999' stands twice"):
+    with pytest.raises(CorruptCheckpoint, match="'89999' stands twice"):
         Folder.at(tmp_path).read_json("x.json")
     assert time.process_time() - begin < 5
 

@@ -26,6 +26,7 @@ MOST_TEXT = 64 << 20
 SMALL_TEXT = 1 << 20
 LETTERS_PER_CONTAINER, MORE_CONTAINERS = 64, 10_000
 LETTERS_PER_ENTRY, MORE_ENTRIES = 16, 50_000
+_LEADS_NOWHERE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES)
 _NO_NAMES = frozenset(("", ".", ".."))
 
 
@@ -291,11 +292,11 @@ class Folder:
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """Whether it is a folder, and whether it is a file; a link that leads in circles is neither."""
+    """Whether it is a folder, and whether it is a file; a link that leads nowhere is neither."""
     try:
         return entry.is_dir(), entry.is_file()
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in _LEADS_NOWHERE:
             raise
         return False, False
 
