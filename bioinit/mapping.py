@@ -126,6 +126,7 @@ class Conversion:
         try:
             return self.convert([tensor.to("meta") for tensor in like])
         except MappingError as error:
+            # What torch raises where an operation has no meta kernel, since it needs the numbers.
             reads_values = isinstance(error.__cause__, NotImplementedError)
             if reads_values or "meta tensor" in str(error.__cause__).lower():
                 return None

@@ -203,7 +203,7 @@ def test_saving_splits_files_at_the_size_asked_for(tmp_path: Path):
 def test_without_transformers_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'bioinit\[hf\]'"):
-        backend.library()
+        backend.imported()
 
 
 def test_backends_are_found_by_their_file():

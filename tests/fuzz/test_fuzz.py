@@ -60,7 +60,7 @@ def test_most_inputs_are_changed_and_some_still_open(folder):
         watch.lay_out(case, folder)
         try:
             watch.open_valid(case, folder)
-        except Exception:
+        except Exception:  # whatever it is, it did not open; other tests judge which error it was
             continue
         opened += 1
     assert changed > 40

@@ -31,7 +31,7 @@ from bioinit.mapping import Names
 _FLAG = "_is_hf_initialized"
 
 
-def library(module: str = "transformers") -> ModuleType:
+def imported(module: str = "transformers") -> ModuleType:
     """The ``transformers`` package or a module of it.
 
     Raises:
@@ -50,7 +50,7 @@ def library(module: str = "transformers") -> ModuleType:
 
 def build(make: Make) -> nn.Module:
     """The model that ``make`` constructs, with everything on meta and tied weights tied."""
-    creation = library("transformers.initialization").meta_device_safe_creation_ops
+    creation = imported("transformers.initialization").meta_device_safe_creation_ops
     with torch.device("meta"), creation():
         return make()
 
@@ -80,7 +80,7 @@ def initialize(
 def describe_init(model: nn.Module, key: str) -> str | None:
     """For example ``BertPreTrainedModel._init_weights on Linear``."""
     path = key.rpartition(".")[0]
-    pretrained = library().PreTrainedModel
+    pretrained = imported().PreTrainedModel
     owner = model.get_submodule(path)
     while True:
         module = model.get_submodule(path)
@@ -104,7 +104,7 @@ def float32_keys(model: nn.Module, dtype: torch.dtype) -> frozenset[str]:
 
 def names(model: nn.Module, stored: Mapping[str, Dims]) -> Names:
     """Both tables for ``model`` and stored names, by transformers' own conversion tables."""
-    library()
+    imported()
     from bioinit.backends.transformers import conversions
 
     return conversions.names(model, stored)
@@ -112,7 +112,7 @@ def names(model: nn.Module, stored: Mapping[str, Dims]) -> Names:
 
 def remember(model: nn.Module, stored: Collection[str]) -> None:
     """Hand the transforms that ``stored`` names went through back to the model, as loading does."""
-    library()
+    imported()
     from bioinit.backends.transformers import conversions
 
     whole: Any = model
@@ -121,7 +121,7 @@ def remember(model: nn.Module, stored: Collection[str]) -> None:
 
 def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
     """What ``save_pretrained`` writes: weights as they were named when read, and configs."""
-    logging = library("transformers.utils.logging")
+    logging = imported("transformers.utils.logging")
     whole: Any = model
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -140,7 +140,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 @contextmanager
 def _announced(model: nn.Module, entering: Callable[[nn.Module], None]) -> Iterator[None]:
     """Call ``entering`` with each module just before transformers initializes it."""
-    pretrained = library().PreTrainedModel
+    pretrained = imported().PreTrainedModel
     wrapped: list[Any] = [m for m in model.modules() if isinstance(m, pretrained)]
     for module in wrapped:
         original = module._initialize_weights

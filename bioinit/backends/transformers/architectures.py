@@ -45,9 +45,9 @@ def config_class(model_type: str | None) -> Any:
     Raises:
         ConfigError: transformers has none.
     """
-    known: Any = backend.library("transformers").CONFIG_MAPPING
+    known: Any = backend.imported("transformers").CONFIG_MAPPING
     if model_type not in known:
-        version = backend.library().__version__
+        version = backend.imported().__version__
         raise ConfigError(
             f"transformers {version} has no model type {model_type!r}. "
             f"{suggestion(str(model_type), known)} If the model is your own, subclass "
@@ -62,7 +62,7 @@ def make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: transformers refuses a value.
     """
-    strict = backend.library("huggingface_hub.errors")
+    strict = backend.imported("huggingface_hub.errors")
     refused = (*_REFUSED, strict.StrictDataclassError)
     try:
         # Constructors of configs fill in nested mappings in place.
@@ -77,7 +77,7 @@ def make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
 @functools.cache
 def names(model_type: str) -> tuple[str, ...]:
     """The classes of transformers for a model type, heads included, as its tables list them."""
-    tables: Any = backend.library("transformers.models.auto.modeling_auto")
+    tables: Any = backend.imported("transformers.models.auto.modeling_auto")
     found: dict[str, None] = {}
     for name, table in vars(tables).items():
         if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
@@ -98,11 +98,11 @@ def model_class(model_type: str, architecture: str) -> Any:
         ConfigError: there is none, or it is a class of another model type.
     """
     name = _class_for(architecture, model_type) or architecture
-    cls: Any = getattr(backend.library(), name, None)
+    cls: Any = getattr(backend.imported(), name, None)
     wanted = config_class(model_type)
     is_model = (
         isinstance(cls, type)
-        and issubclass(cls, backend.library().PreTrainedModel)
+        and issubclass(cls, backend.imported().PreTrainedModel)
         and "forward" in {n for kind in cls.__mro__ if kind is not nn.Module for n in vars(kind)}
     )
     if is_model and cls.config_class is not None and issubclass(wanted, cls.config_class):
@@ -164,7 +164,7 @@ def _said(error: BaseException) -> str:
 
 
 def _class_for(task: str, model_type: str) -> str | None:
-    tables: Any = backend.library("transformers.models.auto.modeling_auto")
+    tables: Any = backend.imported("transformers.models.auto.modeling_auto")
     found = getattr(tables, TASKS[task]).get(model_type) if task in TASKS else None
     return found if found is None or isinstance(found, str) else found[0]
 

@@ -146,7 +146,7 @@ def read(cls: Any, data: Mapping[str, Any]) -> SavedConfig:
 
 def _usable(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a config can keep of ``given``, at every depth: a field that hides no method of it."""
-    general = backend.library().PreTrainedConfig
+    general = backend.imported().PreTrainedConfig
     found = {k: v for k, v in given.items() if _unusable(cls, k) is None}
     for name, kind in cls.sub_configs.items():
         if isinstance(inner := found.get(name), Mapping):
@@ -172,7 +172,7 @@ def _read(made: Any, raw: Mapping[str, Any]) -> SavedConfig:
     nested = {
         name: _read(value, _mapping(given.get(name)))
         for name in cls.sub_configs
-        if isinstance(value := getattr(made, name, None), backend.library().PreTrainedConfig)
+        if isinstance(value := getattr(made, name, None), backend.imported().PreTrainedConfig)
     }
     values = {key: plain(value) for key, value in made.to_dict().items() if key not in nested}
     values |= {n: plain(getattr(made, n, None)) for n in names - values.keys() - nested.keys()}
@@ -226,7 +226,7 @@ def plain(value: Any) -> Any:
         return tuple(plain(item) for item in value)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, backend.library().PreTrainedConfig):
+    if isinstance(value, backend.imported().PreTrainedConfig):
         return plain(value.to_dict())
     return copy.copy(value)
 

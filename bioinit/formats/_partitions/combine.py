@@ -9,6 +9,7 @@ look like that.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -67,7 +68,7 @@ def _made(
     return Made(sources[0], name, size, source.make, sources=sources, how=how)
 
 
-class _Combined:
+class _Combined(ABC):
     """Makes any stretch of the elements of one tensor out of the same stretch of its parts."""
 
     def __init__(self, files: Sequence[File], name: str, parts: Sequence[Part]) -> None:
@@ -84,8 +85,9 @@ class _Combined:
         values = self.values(first, end - first).contiguous().view(torch.uint8)
         return values[offset - first * width :][:size].numpy()
 
+    @abstractmethod
     def values(self, first: int, count: int) -> torch.Tensor:
-        raise NotImplementedError
+        """``count`` elements from ``first`` on, in row-major order."""
 
     def part(self, index: int, first: int, count: int) -> torch.Tensor:
         return elements(self.files, self.parts[index].tensor, first, count)
