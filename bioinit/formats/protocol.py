@@ -10,14 +10,15 @@ A new format is one new file in this folder that defines ``FORMAT``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bioinit.layout import Box, Dims
-from bioinit.storage import File, Folder
+from bioinit.storage import File, Folder, Journal
 
 
 class Piece(NamedTuple):
@@ -70,6 +71,39 @@ Open = Callable[[Folder], "Contents"]
 """Opens an inner folder or file with whichever format recognizes it (formats nest)."""
 
 
+class Outgoing(NamedTuple):
+    """A tensor that is to be written, row-major, and never held whole by who asks for it in parts.
+
+    ``fill(first, memory)`` puts its elements ``first`` to ``first + memory.numel()``, counted
+    row-major, into ``memory``: one dim, contiguous, of ``dtype``, on the CPU. It may be called from
+    several threads.
+    """
+
+    key: str
+    shape: Dims
+    dtype: torch.dtype
+    fill: Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What a writer is told beside the tensors."""
+
+    max_shard_bytes: int = 5 * 10**9
+    """The most bytes of one file, where the format has shards; a larger tensor has one alone."""
+    partitions: int = 1
+    """Over how many files a tensor is divided, where the format does that."""
+    objects: Mapping[str, bytes] = field(default_factory=dict)
+    """Stored beside the tensors as bytes, by name, where the format knows such."""
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data that the format keeps beside the tensors, where it has a place for it."""
+
+
+Write = Callable[[Path, Sequence[Outgoing], WriteOptions, Journal], None]
+"""Writes tensors into an existing folder. What the journal says was finished by an earlier process
+that was killed is not written again; the folder is renamed into place by who calls."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One way bytes lie on disk. The name of its file is its name.
@@ -77,10 +111,11 @@ class Format:
     ``recognizes`` must be cheap (names and the first bytes of at most one file) and never raise on
     foreign input. ``open`` reads headers only and raises ``CheckpointError`` with the cure.
     ``unpack``, for an archive, gives its members as a folder. ``marks`` tells people in a few words
-    what it is recognized by.
+    what it is recognized by. ``write``, for a format in which models are written, is its inverse.
     """
 
     recognizes: Callable[[Folder], bool]
     open: Callable[[Folder, Open], Contents]
     unpack: Callable[[Folder], Folder] | None = None
     marks: str = ""
+    write: Write | None = None

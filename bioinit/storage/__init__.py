@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
+from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled
 from bioinit.storage.write import atomic_folder, require_free
 
-__all__ = ["File", "Folder", "Made", "atomic_folder", "disk_error", "filled", "require_free"]
+__all__ = [
+    "File",
+    "Folder",
+    "Journal",
+    "Made",
+    "atomic_folder",
+    "disk_error",
+    "filled",
+    "require_free",
+]
