@@ -10,6 +10,7 @@ from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled
+from bioinit.storage.workers import worker_count
 from bioinit.storage.write import atomic_folder, require_free
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "disk_error",
     "filled",
     "require_free",
+    "worker_count",
 ]

@@ -16,6 +16,8 @@ import torch
 
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
+from bioinit.formats.safetensors.dtypes import DTYPES, PACKED
+from bioinit.formats.safetensors.shards import write
 from bioinit.layout import Box, Dims, numel
 from bioinit.storage import File, Folder
 
@@ -29,30 +31,6 @@ MOST_BYTES = 1 << 63
 MOST_DIMS = 64
 _NESTED = re.compile(rb"\[\s*[\[{]|\]\s*,\s*[\[{]")
 _TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 
 Span = tuple[int, int, str]
 """First byte, byte after the last, name."""
@@ -243,4 +221,4 @@ def _corrupt(file: File, what: str) -> NoReturn:
     raise CorruptCheckpoint(f"{file} is damaged: {what}. Fetch or write it again.")
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, marks="*.safetensors")
+FORMAT = Format(recognizes=_recognizes, open=_open, marks="*.safetensors", write=write)
