@@ -7,6 +7,8 @@ look-up; only patterns whose wildcards stand for other than numbers are tried on
 
 from __future__ import annotations
 
+import collections.abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,11 +17,15 @@ import torch
 
 from bioinit.errors import MappingError
 from bioinit.keys import Pattern, loosened, numbers, template
-from bioinit.layout import Box
-from bioinit.rules import Rule, rename
+from bioinit.layout import Box, Dims
+from bioinit.rules import Part, Rule, rename
 
 _FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError)
 """What operations of torch and of a library raise for a tensor that they cannot work on."""
+
+
+Shapes = collections.abc.Mapping[str, Dims]
+"""Shapes of tensors by key."""
 
 
 class Placed(NamedTuple):
@@ -27,6 +33,7 @@ class Placed(NamedTuple):
 
     key: str
     box: Box
+    add: float = 0.0
 
 
 class Mapping:
@@ -70,7 +77,7 @@ class Mapping:
         rule = self.rule_for(key)
         if rule is None:
             return None
-        captures = rule.pattern.match(key)
+        captures = rule.match(key)
         if captures is None:
             return None
         if rule.is_rename:
@@ -85,7 +92,41 @@ class Mapping:
             ]
             self._views[id(rule), boxes] = known
         parts = rule.parts
-        return [Placed(parts[number].key(captures, drawn), box) for number, drawn, box in known]
+        return [
+            Placed(parts[number].key(captures, drawn), box, parts[number].add)
+            for number, drawn, box in known
+        ]
+
+    def spelled_out(self, canonical: Shapes) -> dict[str, Dims]:
+        """Keys and shapes of this dialect's tensors for canonical ones: the inverse of the table.
+
+        Of several rules for one canonical tensor the first counts; the others are read and not
+        written. Canonical tensors that no rule knows are left out.
+
+        Raises:
+            MappingError: the parts of one tensor do not give one shape.
+        """
+        writers: dict[str, tuple[Rule, Part] | None] = {}
+        held: dict[str, dict[Part, list[tuple[tuple[int, ...], Dims]]]] = {}
+        for name, shape in canonical.items():
+            kind = template(name)
+            if kind not in writers:
+                writers[kind] = self._writer(name)
+            found = writers[kind]
+            if found is None:
+                continue
+            rule, part = found
+            captures, drawn = part.divide(part.pattern.match(name) or ())
+            key = rule.spell(captures)
+            held.setdefault(key, {}).setdefault(part, []).append((tuple(map(int, drawn)), shape))
+        return {key: _shape_before(key, parts) for key, parts in held.items()}
+
+    def _writer(self, name: str) -> tuple[Rule, Part] | None:
+        for rule in self.rules:
+            for part in rule.parts:
+                if part.pattern.match(name) is not None:
+                    return rule, part
+        return None
 
 
 @dataclass(frozen=True)
@@ -147,6 +188,22 @@ class Names(NamedTuple):
             for c in self.conversions
         )
         return self._replace(conversions=tuple(read))
+
+
+def _shape_before(key: str, parts: dict[Part, list[tuple[tuple[int, ...], Dims]]]) -> Dims:
+    """The shape of the tensor ``key`` of which ``parts`` are parts."""
+    shapes: list[Dims] = []
+    for part, found in parts.items():
+        counts = tuple(len(set(each)) for each in zip(*(drawn for drawn, _ in found), strict=True))
+        if math.prod(counts) != len(found) or len({shape for _, shape in found}) > 1:
+            raise MappingError(
+                f"{key!r} should hold {part.to!r} once for each of {counts}, of one shape, but "
+                f"{len(found)} are there: layers or experts are missing, or differ in shape."
+            )
+        shapes.append(part.before(found[0][1], counts))
+    if len({len(shape) for shape in shapes}) > 1:
+        raise MappingError(f"the parts of {key!r} give it different dims: {shapes}.")
+    return tuple(map(max, zip(*shapes, strict=True)))
 
 
 def _is_identity(rule: Rule) -> bool:

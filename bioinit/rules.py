@@ -6,7 +6,12 @@ is three placements of views and no copy. Because a placement is a pair, the sam
 reading and writing: a rule needs no second table for the way back.
 
 Operations act on lists of boxes, so a shard is placed as well as a whole tensor: an interval of a
-dim that is unflattened into k factors becomes at most 2k - 1 boxes.
+dim that is unflattened into k factors becomes at most 2k - 1 boxes. Each operation also knows its
+way back for shapes (``before``), so a table says which tensors a dialect has for a model.
+
+Three verbs are no views. *Drop*: what a rule narrows away, or a rule without parts. *Fill*: elements
+of a target that no part reaches are zero, where the rule says so (padded vocabularies). *Affine*:
+``Part.add``, for norms that one dialect stores as ``1 + weight``.
 
 >>> from bioinit.layout import Box
 >>> fused = Rule("qkv", (Part("q", (Narrow(0, 0, 2),)), Part("k", (Narrow(0, 2, 2),))))
@@ -17,8 +22,9 @@ dim that is unflattened into k factors becomes at most 2k - 1 boxes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -35,6 +41,9 @@ class Operation(Protocol):
 
     def apply(self, box: Box) -> Iterator[Indexed]:
         """The boxes that ``box`` becomes; none where it has nothing in common with the result."""
+
+    def before(self, shape: Dims, count: int) -> Dims:
+        """The shape that becomes ``shape``; ``count`` is how many indices :class:`Each` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,9 @@ class Unflatten:
                 ),
             )
 
+    def before(self, shape: Dims, count: int) -> Dims:
+        return (*shape[: self.dim], numel(self.sizes), *shape[self.dim + len(self.sizes) :])
+
 
 @dataclass(frozen=True, slots=True)
 class Permute:
@@ -83,14 +95,21 @@ class Permute:
             ),
         )
 
+    def before(self, shape: Dims, count: int) -> Dims:
+        return tuple(size for _, size in sorted(zip(self.dims, shape, strict=True)))
+
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Keep ``length`` indices of dim ``dim`` from ``start`` on; they count from 0 afterwards."""
+    """Keep ``length`` indices of dim ``dim`` from ``start`` on; they count from 0 afterwards.
+
+    ``of`` is how many there were, where the other parts of the rule do not say it.
+    """
 
     dim: int
     start: int
     length: int
+    of: int | None = None
 
     def apply(self, box: Box) -> Iterator[Indexed]:
         d = self.dim
@@ -106,6 +125,47 @@ class Narrow:
                     box.strides,
                 ),
             )
+
+    def before(self, shape: Dims, count: int) -> Dims:
+        size = self.start + self.length if self.of is None else self.of
+        return (*shape[: self.dim], size, *shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Reinterpret:
+    """Read the row-major elements of a tensor of shape ``was`` as one of shape ``now``."""
+
+    was: Dims
+    now: Dims
+
+    def apply(self, box: Box) -> Iterator[Indexed]:
+        if len(box.sizes) != len(self.was) or numel(self.was) != numel(self.now):
+            raise MappingError(
+                f"a box of {box.sizes} cannot be read as part of {self.was} and then as {self.now}."
+                " The config and the stored shape disagree."
+            )
+        ends = tuple(map(int.__add__, box.offsets, box.sizes))
+        if any(end > size for end, size in zip(ends, self.was, strict=True)):
+            raise MappingError(
+                f"a tensor that reaches {ends} is larger than {self.was}, as which it is to be "
+                f"read. The config and the stored shape disagree."
+            )
+        whole = row_major(self.was)
+        inner = row_major(self.now)
+        depth = _dense_from(box, self.was)  # from this dim on, the box is one run
+        stride = box.strides[-1] if box.strides else 1
+        run = numel(box.sizes[depth:])
+        for index in itertools.product(*map(range, box.sizes[:depth])):
+            start = box.start + sum(map(int.__mul__, index, box.strides))
+            at = (*map(int.__add__, box.offsets, index), *box.offsets[depth:])
+            low = sum(map(int.__mul__, at, whole))
+            for offsets, sizes in _interval(low, low + run, self.now):
+                first = sum(map(int.__mul__, offsets, inner))
+                strides = tuple(size * stride for size in inner)
+                yield None, Box(offsets, sizes, start + (first - low) * stride, strides)
+
+    def before(self, shape: Dims, count: int) -> Dims:
+        return self.was
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +193,20 @@ class Each:
                 ),
             )
 
+    def before(self, shape: Dims, count: int) -> Dims:
+        return (*shape[: self.dim], count, *shape[self.dim :])
+
 
 @dataclass(frozen=True)
 class Part:
-    """One canonical tensor, or one per index of an :class:`Each`, inside a dialect's tensor."""
+    """One canonical tensor, or one per index of an :class:`Each`, inside a dialect's tensor.
+
+    The canonical value is the dialect's plus ``add``.
+    """
 
     to: str
     ops: tuple[Operation, ...] = ()
+    add: float = 0.0
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -171,12 +238,27 @@ class Part:
         rest = iter(captures)
         return self.pattern.spell(tuple(next(rest) if f is None else f for f in fill))
 
+    def divide(self, found: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The inverse of :meth:`key`: what its wildcards caught, as captures and drawn indices."""
+        drawn = tuple(found[wildcard] for wildcard in self.each)
+        return tuple(f for i, f in enumerate(found) if i not in self.each), drawn
+
+    def before(self, shape: Dims, counts: tuple[int, ...]) -> Dims:
+        """The dialect's shape for a canonical one, with so many indices for each ``Each``."""
+        left = list(counts)
+        for op in reversed(self.ops):
+            shape = op.before(shape, left.pop() if isinstance(op, Each) else 0)
+        return shape
+
 
 @dataclass(frozen=True)
 class Rule:
     """One line of a mapping: a pattern of dialect keys and the parts that lie inside.
 
-    ``text`` is what a report prints for it.
+    ``text`` is what a report prints for it. A rule without parts says that a tensor is known and
+    not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero. ``shift``
+    is added to the number that the first wildcard of the key catches, where a dialect counts its
+    layers from another number on.
 
     Raises:
         MappingError: a part has more or fewer wildcards than the key and its ``Each`` provide.
@@ -185,6 +267,8 @@ class Rule:
     pattern_text: str
     parts: tuple[Part, ...]
     note: str = ""
+    fill: bool = False
+    shift: int = 0
 
     def __post_init__(self) -> None:
         have = len(self.pattern.wildcards)
@@ -201,9 +285,19 @@ class Rule:
     def pattern(self) -> Pattern:
         return Pattern(self.pattern_text)
 
+    def match(self, key: str) -> tuple[str, ...] | None:
+        """What the wildcards of ``key`` stand for in canonical names; None if it is another's."""
+        found = self.pattern.match(key)
+        return _shifted(found, self.shift) if found and self.shift else found
+
+    def spell(self, captures: tuple[str, ...]) -> str:
+        """The dialect's key for what canonical names have in the place of its wildcards."""
+        back = _shifted(captures, -self.shift) if self.shift else captures
+        return self.pattern.spell(captures if back is None else back)
+
     @cached_property
     def is_rename(self) -> bool:
-        return len(self.parts) == 1 and not self.parts[0].ops
+        return len(self.parts) == 1 and not self.parts[0].ops and not self.parts[0].add
 
     @cached_property
     def text(self) -> str:
@@ -213,12 +307,55 @@ class Rule:
             return "copy"
         names = ", ".join(dict.fromkeys(part.to for part in self.parts))
         verb = "rename" if self.is_rename else "view"
-        return f"{verb} {self.pattern_text} <-> {names}"
+        added = "".join(f" ({part.add:+g})" for part in self.parts if part.add)
+        return f"{verb} {self.pattern_text} <-> {names}{added}"
 
 
 def rename(key: str, to: str, note: str = "") -> Rule:
     """A rule that changes the name and nothing else."""
     return Rule(key, (Part(to),), note)
+
+
+def dropped(key: str, why: str) -> Rule:
+    """A rule for a tensor that is known and not needed."""
+    return Rule(key, (), why)
+
+
+def stacked(rule: Rule, wildcard: int = 0) -> Rule:
+    """``rule`` for a tensor that has one more dim in front, instead of wildcard ``wildcard``.
+
+    >>> stacked(rename("layers.*.norm.weight", "h.*.norm.weight")).pattern_text
+    'layers.norm.weight'
+    """
+    segments = rule.pattern_text.split(".")
+    stars = [number for number, segment in enumerate(segments) if "*" in segment]
+    del segments[stars[wildcard]]
+    parts = (
+        replace(part, ops=(Each(0, _wildcard_of(part, wildcard)), *part.ops)) for part in rule.parts
+    )
+    return replace(rule, pattern_text=".".join(segments), parts=tuple(parts))
+
+
+def _shifted(captures: tuple[str, ...], by: int) -> tuple[str, ...] | None:
+    if not captures[0].isdecimal() or int(captures[0]) + by < 0:
+        return None
+    return str(int(captures[0]) + by), *captures[1:]
+
+
+def _wildcard_of(part: Part, capture: int) -> int:
+    """Which wildcard of the canonical name capture number ``capture`` of the key fills."""
+    free = [w for w in range(len(part.pattern.wildcards)) if w not in part.each]
+    return free[capture]
+
+
+def _dense_from(box: Box, was: Dims) -> int:
+    """The first dim from which on ``box`` is one evenly spaced run of a tensor of shape ``was``."""
+    depth = max(len(was) - 1, 0)
+    while depth and box.sizes[depth] == was[depth]:
+        if box.strides[depth - 1] != box.strides[depth] * was[depth]:
+            break
+        depth -= 1
+    return depth
 
 
 def _interval(low: int, high: int, factors: Dims) -> Iterator[tuple[Dims, Dims]]:

@@ -58,7 +58,7 @@ def test_a_placement_is_the_view_that_torch_would_make(rule, key, shape):
     tensor = torch.arange(numel(shape)).reshape(shape)
     expected = reference(rule, tensor)
     found = dict.fromkeys(expected)
-    for canonical, box in Mapping([rule]).place(key, (Box.contiguous(shape),)):
+    for canonical, box, _ in Mapping([rule]).place(key, (Box.contiguous(shape),)):
         found[canonical] = tensor.as_strided(box.sizes, box.strides, box.start)
     for canonical, wanted in expected.items():
         assert torch.equal(found[canonical], wanted)
@@ -69,7 +69,7 @@ def test_the_same_list_writes_back_what_it_reads(rule, key, shape):
     tensor = torch.arange(numel(shape)).reshape(shape)
     canonical = reference(rule, tensor)
     back = torch.full_like(tensor, -1)
-    for name, box in Mapping([rule]).place(key, (Box.contiguous(shape),)):
+    for name, box, _ in Mapping([rule]).place(key, (Box.contiguous(shape),)):
         into = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
         back.as_strided(box.sizes, box.strides, box.start).copy_(canonical[name][into])
     assert torch.equal(back, tensor)
@@ -85,7 +85,7 @@ def test_shards_of_any_cut_cover_the_whole_exactly_once(rule, key, shape, dim):
             local = tensor.narrow(dim, low, high - low).contiguous().clone()
             offsets = tuple(low if d == dim else 0 for d in range(len(shape)))
             shard = Box(offsets, tuple(local.shape), 0, local.stride())
-            for name, box in Mapping([rule]).place(key, (shard,)):
+            for name, box, _ in Mapping([rule]).place(key, (shard,)):
                 part = local.as_strided(box.sizes, box.strides, box.start)
                 into = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
                 assert torch.equal(part, reference(rule, tensor)[name][into])

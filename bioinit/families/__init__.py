@@ -28,6 +28,7 @@ from bioinit.siblings import Siblings
 
 __all__ = [
     "Family",
+    "dialect_in",
     "dialect_of",
     "find",
     "load",
@@ -40,6 +41,7 @@ __all__ = [
 SIBLINGS = Siblings(__name__, __path__, "FAMILY", Family, "family")
 names, load = SIBLINGS.names, SIBLINGS.load
 _ANYTHING = "auto"
+_NO_SHAPES: Mapping[str, Dims] = {}
 
 
 def find(context: Context | None, stored: Iterable[str]) -> str | None:
@@ -62,9 +64,21 @@ def dialect_of(context: Context | None, stored: Collection[str]) -> str | None:
     """Whose spelling the names of a checkpoint are, or None if no family knows it."""
     name = find(context, stored)
     if name is not None:
-        # A saved config decides about the family even where no name has a mark of its own.
-        return load(name).dialect_of(stored) or "hf"
+        return dialect_in(load(name), context, stored)
     return None if context is None or context.dialect == "bioinit" else context.dialect
+
+
+def dialect_in(family: Family, context: Context | None, stored: Collection[str]) -> str:
+    """Whose spelling stored names are, of the dialects of ``family``.
+
+    Several worlds write the same names, and the saved config says which of them it was. A saved
+    config decides about the family even where no name has a mark of its own.
+    """
+    for said in () if context is None else (context, *context.beside):
+        dialect = family.dialects.get(said.dialect)
+        if dialect is not None and dialect.spells(stored):
+            return said.dialect
+    return family.dialect_of(stored) or "hf"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -120,8 +134,8 @@ def _subclassed(family: Family, cls: type[TrainableModelConfig]) -> Family:
         config=cls,
         config_for=lambda context: cls,
         recognizes=lambda context: is_its_own(context) or family.recognizes(context),
-        read_fields=lambda context: (
-            read_ours(context, cls) if is_its_own(context) else family.read_fields(context)
+        read_fields=lambda context, shapes=_NO_SHAPES: (
+            read_ours(context, cls) if is_its_own(context) else family.read_fields(context, shapes)
         ),
     )
 
@@ -132,10 +146,12 @@ def _own(cls: type[TrainableModelConfig]) -> Family:
         config=cls,
         recognizes=lambda context: True,
         config_for=lambda context: cls,
-        read_fields=lambda context: _read_own(cls, context),
+        read_fields=lambda context, shapes=_NO_SHAPES: _read_own(cls, context),
         build=lambda config: config.configure_model(),
         backend=lambda config: backends.load("module"),
-        names=lambda config, model, dialect, stored: Names(Table.identity(), Table.identity()),
+        names=lambda config, model, dialect, stored, described=None: Names(
+            Table.identity(), Table.identity()
+        ),
         dialect_of=lambda stored: None,
     )
 

@@ -164,7 +164,7 @@ def config_for(context: Context | None) -> type[TrainableModelConfig]:
     return cls
 
 
-def _read_fields(context: Context) -> ReadFields:
+def _read_fields(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
     saved, found = _saved(context)
     cls = _class_of(saved, AutoConfig)
     if context.dialect == "bioinit" and context.model == f"{__name__}.{cls.__name__}":
@@ -220,7 +220,11 @@ def _backend(config: TrainableModelConfig) -> Backend:
 
 
 def _names(
-    config: TrainableModelConfig, model: nn.Module, dialect: str, stored: Mapping[str, Dims]
+    config: TrainableModelConfig,
+    model: nn.Module,
+    dialect: str,
+    stored: Mapping[str, Dims],
+    described: TrainableModelConfig | None = None,
 ) -> Names:
     return backend.names(model, stored)
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from bioinit.backends import transformers as backend
 from bioinit.backends.transformers import named
-from bioinit.backends.transformers.named import Line, Translation, linear, norm
+from bioinit.backends.transformers.named import Heads, Line, Translation, linear, norm
 from bioinit.config import TrainableModelConfig, derived, own
 from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
-from bioinit.families.protocol import Family, ReadFields, SourceField, of_dialect, read_ours
-from bioinit.layout import Dims
-from bioinit.mapping import Names
+from bioinit.families._named import hf, named_family
+from bioinit.families.protocol import Canonical
 
 MODEL_TYPE = "bert"
 
@@ -103,9 +100,9 @@ LINES: tuple[Line, ...] = (
     Line("embeddings.position_embeddings.weight", "embedding.position_embeddings.weight"),
     Line("embeddings.token_type_embeddings.weight", "embedding.tokentype_embeddings.weight"),
     *norm("embeddings.LayerNorm", "encoder.initial_layernorm"),
-    *linear(f"{_LAYER}.attention.self.query", f"{_TO}.self_attention.linear_q", heads=True),
-    *linear(f"{_LAYER}.attention.self.key", f"{_TO}.self_attention.linear_k", heads=True),
-    *linear(f"{_LAYER}.attention.self.value", f"{_TO}.self_attention.linear_v", heads=True),
+    *linear(f"{_LAYER}.attention.self.query", f"{_TO}.self_attention.linear_q", heads="query"),
+    *linear(f"{_LAYER}.attention.self.key", f"{_TO}.self_attention.linear_k", heads="key"),
+    *linear(f"{_LAYER}.attention.self.value", f"{_TO}.self_attention.linear_v", heads="key"),
     *linear(f"{_LAYER}.attention.output.dense", f"{_TO}.self_attention.linear_proj"),
     *norm(f"{_LAYER}.attention.output.LayerNorm", f"{_TO}.post_att_layernorm"),
     *linear(f"{_LAYER}.intermediate.dense", f"{_TO}.mlp.linear_fc1"),
@@ -122,52 +119,28 @@ LINES: tuple[Line, ...] = (
 )
 
 
-def _is_ours(context: Context) -> bool:
-    return context.dialect == "bioinit" and str(context.model).startswith(f"{__name__}.")
-
-
-def _hf(context: Context) -> Context | None:
+def _is_bert(context: Context) -> bool:
     """The ``config.json`` of a BERT; the first ones, BioBERT's among them, name no model type."""
-    saved = of_dialect(context, "hf")
-    if saved is None or saved.model not in (MODEL_TYPE, None):
-        return None
-    is_bert = saved.model == MODEL_TYPE or {"type_vocab_size", "num_hidden_layers"} <= {*saved.data}
-    return saved if is_bert else None
+    if context.model == MODEL_TYPE:
+        return True
+    return context.model is None and {"type_vocab_size", "num_hidden_layers"} <= {*context.data}
 
 
-def _recognizes(context: Context) -> bool:
-    return _is_ours(context) or _hf(context) is not None
+def _tensors(config: BertConfig) -> dict[str, Canonical]:
+    return {}
 
 
-def _read_fields(context: Context) -> ReadFields:
-    if _is_ours(context):
-        return read_ours(context, BertConfig)
-    saved = _hf(context)
-    if saved is None:
-        raise ConfigError(f"{context.where} describes a {context.model!r}, not a BERT model.")
-    fields, fates = TRANSLATION.read(saved.data, saved.where)
-    return ReadFields(fields, tuple(SourceField(*fate) for fate in fates))
-
-
-def _names(
-    config: TrainableModelConfig, model: nn.Module, dialect: str, stored: Mapping[str, Dims]
-) -> Names:
-    assert isinstance(config, BertConfig)
-    return named.names(LINES, model, stored, config.num_attention_heads)
-
-
-def _dialect_of(stored: Iterable[str]) -> str | None:
-    marks = ("embeddings.token_type_embeddings.weight",)
-    return "hf" if any(key.endswith(marks) for key in stored) else None
-
-
-FAMILY = Family(
-    config=BertConfig,
-    recognizes=_recognizes,
-    config_for=lambda context: BertConfig,
-    read_fields=_read_fields,
-    build=lambda config: config.configure_model(),
-    backend=lambda config: backend.BACKEND,
-    names=_names,
-    dialect_of=_dialect_of,
+FAMILY = named_family(
+    BertConfig,
+    TRANSLATION,
+    {
+        "hf": hf(
+            TRANSLATION,
+            lambda config: LINES,
+            ("embeddings.token_type_embeddings.weight",),
+            lambda config: Heads(config.num_attention_heads, 1, config.kv_channels),
+            _is_bert,
+        )
+    },
+    _tensors,
 )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
-from bioinit.backends import transformers as backend
 from bioinit.backends.transformers import named
-from bioinit.backends.transformers.named import Line, Translation, linear, norm
+from bioinit.backends.transformers.named import Heads, Line, Translation, linear, norm
 from bioinit.config import TrainableModelConfig, derived, own
-from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
-from bioinit.families.protocol import Family, ReadFields, SourceField, of_dialect, read_ours
-from bioinit.layout import Dims
-from bioinit.mapping import Names
+from bioinit.families._named import hf, named_family
+from bioinit.families.protocol import Canonical
 
 MODEL_TYPE = "esm"
 
@@ -99,9 +95,9 @@ LINES: tuple[Line, ...] = (
     Line("embeddings.position_embeddings.weight", "embedding.position_embeddings.weight"),
     *norm("embeddings.layer_norm", "encoder.initial_layernorm"),
     *norm(f"{_LAYER}.attention.LayerNorm", f"{_TO}.input_layernorm"),
-    *linear(f"{_LAYER}.attention.self.query", f"{_TO}.self_attention.linear_q", heads=True),
-    *linear(f"{_LAYER}.attention.self.key", f"{_TO}.self_attention.linear_k", heads=True),
-    *linear(f"{_LAYER}.attention.self.value", f"{_TO}.self_attention.linear_v", heads=True),
+    *linear(f"{_LAYER}.attention.self.query", f"{_TO}.self_attention.linear_q", heads="query"),
+    *linear(f"{_LAYER}.attention.self.key", f"{_TO}.self_attention.linear_k", heads="key"),
+    *linear(f"{_LAYER}.attention.self.value", f"{_TO}.self_attention.linear_v", heads="key"),
     *linear(f"{_LAYER}.attention.output.dense", f"{_TO}.self_attention.linear_proj"),
     *norm(f"{_LAYER}.LayerNorm", f"{_TO}.pre_mlp_layernorm"),
     *linear(f"{_LAYER}.intermediate.dense", f"{_TO}.mlp.linear_fc1"),
@@ -125,53 +121,35 @@ LINES: tuple[Line, ...] = (
 )
 
 
-def _is_ours(context: Context) -> bool:
-    return context.dialect == "bioinit" and str(context.model).startswith(f"{__name__}.")
-
-
-def _recognizes(context: Context) -> bool:
-    saved = of_dialect(context, "hf")
-    return _is_ours(context) or (saved is not None and saved.model == MODEL_TYPE)
-
-
-def _read_fields(context: Context) -> ReadFields:
-    if _is_ours(context):
-        return read_ours(context, Esm2Config)
-    saved = of_dialect(context, "hf")
-    if saved is None or saved.model != MODEL_TYPE:
-        raise ConfigError(f"{context.where} describes a {context.model!r}, not an ESM-2 model.")
-    fields, fates = TRANSLATION.read(saved.data, saved.where)
-    return ReadFields(fields, tuple(SourceField(*fate) for fate in fates))
-
-
-def _names(
-    config: TrainableModelConfig, model: nn.Module, dialect: str, stored: Mapping[str, Dims]
-) -> Names:
-    assert isinstance(config, Esm2Config)
+def _lines(config: Esm2Config) -> tuple[Line, ...]:
     # Older checkpoints repeat the frequencies in every layer.
     per_layer = tuple(
         f"encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq"
         for i in range(config.num_layers)
     )
-    lines = [
+    return tuple(
         line._replace(aliases=(*line.aliases, *per_layer)) if "inv_freq" in line.hf else line
         for line in LINES
-    ]
-    return named.names(lines, model, stored, config.num_attention_heads)
+    )
 
 
-def _dialect_of(stored: Iterable[str]) -> str | None:
-    marks = ("encoder.emb_layer_norm_after.weight", "attention.self.rotary_embeddings.inv_freq")
-    return "hf" if any(key.endswith(marks) for key in stored) else None
+def _tensors(config: Esm2Config) -> dict[str, Canonical]:
+    return {}
 
 
-FAMILY = Family(
-    config=Esm2Config,
-    recognizes=_recognizes,
-    config_for=lambda context: Esm2Config,
-    read_fields=_read_fields,
-    build=lambda config: config.configure_model(),
-    backend=lambda config: backend.BACKEND,
-    names=_names,
-    dialect_of=_dialect_of,
+FAMILY = named_family(
+    Esm2Config,
+    TRANSLATION,
+    {
+        "hf": hf(
+            TRANSLATION,
+            _lines,
+            (
+                "encoder.emb_layer_norm_after.weight",
+                "attention.self.rotary_embeddings.inv_freq",
+            ),
+            lambda config: Heads(config.num_attention_heads, 1, config.kv_channels),
+        )
+    },
+    _tensors,
 )

@@ -146,7 +146,8 @@ def _decide(
     model = record.model
     if not isinstance(model, fdl.Buildable):
         model = make_record(family.config_for(context), model or {}, run.origins, at="model")
-    saved = None if context is None else family.read_fields(context)
+    shapes = {} if checkpoint is None else {n: t.shape for n, t in checkpoint.tensors.items()}
+    saved = None if context is None else family.read_fields(context, shapes)
     merged = merge(
         model, None if saved is None else saved.fields, run.origins, run.init.on_conflict
     )
@@ -158,7 +159,8 @@ def _decide(
 
     module = backend.build(make)
     targets = describe(module)
-    names, spelling = names_of_family(family, config, module, targets, checkpoint)
+    described = _described_by(saved, type(config))
+    names, spelling = names_of_family(family, config, described, module, targets, checkpoint)
     nothing = checkpoint is None
     planned = plan_load(
         model_side(module, targets, backend, run.placement.dtype),
@@ -178,6 +180,20 @@ def _decide(
     return Prepared(
         run, config, merged.record, module, make, backend, checkpoint, planned, spelling
     )
+
+
+def _described_by(
+    saved: ReadFields | None, cls: type[TrainableModelConfig]
+) -> TrainableModelConfig | None:
+    """The config that the checkpoint alone describes, by which its tensors are laid out."""
+    if saved is None:
+        return None
+    alone = merge(make_record(cls, {}, {}, at="model"), saved.fields, {})
+    try:
+        described: TrainableModelConfig = build(alone.record, at="model")
+    except ConfigError:  # what the checkpoint leaves open is said of the merged config
+        return None
+    return described
 
 
 def _nothing_to_load_into(module: nn.Module) -> Problem:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from bioinit.backends.protocol import Backend
 from bioinit.config import TrainableModelConfig
 from bioinit.contexts import Checkpoint
+from bioinit.families import dialect_in
 from bioinit.families.protocol import Family
 from bioinit.keys import template
 from bioinit.layout import Dims
@@ -79,6 +80,7 @@ def _vocab_keys(module: nn.Module) -> Collection[str]:
 def names_of_family(
     family: Family,
     config: TrainableModelConfig,
+    described: TrainableModelConfig | None,
     module: nn.Module,
     targets: Mapping[str, Target],
     checkpoint: Checkpoint | None,
@@ -86,12 +88,12 @@ def names_of_family(
     """The tables of a family for this checkpoint, and how its names are spelled."""
     if checkpoint is None:
         return family.names(config, module, "hf", {}), AS_STORED
-    dialect = family.dialect_of(checkpoint.tensors) or "hf"
+    dialect = dialect_in(family, checkpoint.context, checkpoint.tensors)
     return _names(
         module,
         targets,
         checkpoint,
-        lambda live, shapes: family.names(config, live, dialect, shapes),
+        lambda live, shapes: family.names(config, live, dialect, shapes, described),
     )
 
 
@@ -121,6 +123,9 @@ def _names(
     shapes = {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
     keys = [key for key, target in targets.items() if target.persistent]
     as_stored = names_of(module, shapes)
+    # What stands in front of names in another world is no front of the model's own.
+    fronts = [rule.pattern_text for rule in as_stored.disk.rules if rule.parts]
+    fronts = keys if _Wanted(as_stored, keys).is_spelled_alike else fronts
 
     def known(spelled: Mapping[str, str]) -> Collection[str]:
         is_stored = all(name == stored for name, stored in spelled.items())
@@ -128,7 +133,7 @@ def _names(
         wanted = _Wanted(as_stored if is_stored else names_of(module, asked), keys)
         return {name for name in spelled if wanted(name)}
 
-    spelling = solve(tuple(shapes), known, keys)
+    spelling = solve(tuple(shapes), known, fronts)
     if spelling == AS_STORED:
         return as_stored, spelling
     stored_as = {spelling.spell(name): name for name in shapes}
@@ -166,7 +171,18 @@ class _Wanted:
             kind in self._keys
             or kind in self._converted
             or any(found in self._wanted for found in _canonical(self._names.disk, name))
+            or _is_dropped(self._names.disk, name)
         )
+
+    @property
+    def is_spelled_alike(self) -> bool:
+        """Whether the stored names' table knows some key of the model."""
+        return any(self._names.disk.rule_for(key) is not None for key in self._live)
+
+
+def _is_dropped(mapping: NameMapping, name: str) -> bool:
+    rule = mapping.rule_for(name)
+    return rule is not None and not rule.parts
 
 
 def _canonical(mapping: NameMapping, name: str) -> Iterator[str]:

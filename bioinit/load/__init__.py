@@ -188,6 +188,8 @@ class _Load:
             elif planned.copies:
                 self._touched.append(key)
                 tensor = self.live[key].detach()
+                if planned.padded:
+                    tensor.zero_()
                 jobs.extend(Job(copy, tensor) for copy in planned.copies)
         transfer.move(jobs)
         return list(converted.values())

@@ -53,12 +53,16 @@ class Segment(NamedTuple):
     dtype: torch.dtype
     overlap: Overlap
     tensor: torch.Tensor
+    add: float
 
     def source(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The elements as they lie in ``buffer``, uint8, whose first byte is ours."""
+        """The elements of ``buffer``, uint8, whose first byte is ours, and what is added to them."""
         flat = buffer[: self.size].view(self.dtype)
         start = flat.storage_offset()
-        return flat.as_strided(self.overlap.sizes, self.overlap.source_strides, start)
+        held = flat.as_strided(self.overlap.sizes, self.overlap.source_strides, start)
+        if not self.add:
+            return held
+        return held.to(torch.promote_types(self.dtype, torch.float32)) + self.add
 
     def target(self) -> torch.Tensor:
         """Where they belong, as a view of the tensor."""
@@ -247,9 +251,8 @@ def _segments(jobs: Iterable[Job]) -> Iterator[Segment]:
         width = copy.dtype.itemsize
         for block in blocks(copy.overlap, STAGING_BYTES // width):
             position = copy.offset + block.overlap.source_start * width
-            yield Segment(
-                copy.file, position, block.span * width, copy.dtype, block.overlap, tensor
-            )
+            size = block.span * width
+            yield Segment(copy.file, position, size, copy.dtype, block.overlap, tensor, copy.add)
 
 
 def _memory(address: int, size: int) -> ctypes.Array[ctypes.c_char]:

@@ -24,6 +24,7 @@ class Source(NamedTuple):
     offset: int
     box: Box
     dtype: torch.dtype
+    add: float = 0.0
 
 
 class Mismatch(NamedTuple):
@@ -37,8 +38,9 @@ class Mismatch(NamedTuple):
 class Cover(NamedTuple):
     """What one spelling of a target finds in the checkpoint.
 
-    ``covered`` counts the target's elements that ``copies`` fill; ``others`` are further stored
-    tensors that hold the same elements; ``skipped`` is the prefix that took sources away.
+    ``covered`` counts the target's elements that ``copies`` fill, ``padding`` those that are zero by
+    rule; ``others`` are further stored tensors that hold the same elements; ``skipped`` is the
+    prefix that took sources away.
     """
 
     copies: tuple[Copy, ...]
@@ -47,6 +49,12 @@ class Cover(NamedTuple):
     others: Mapping[str, tuple[Copy, ...]]
     mismatch: Mismatch | None = None
     skipped: str | None = None
+    padding: int = 0
+
+    def fills(self, target: Target) -> bool:
+        """Whether every element of ``target`` gets a value, and shapes agree."""
+        done = self.covered + self.padding
+        return bool(self.names) and self.mismatch is None and done == numel(target.shape)
 
 
 _NO_OTHERS: Mapping[str, tuple[Copy, ...]] = {}
@@ -95,6 +103,8 @@ class Sources:
         self.used: set[str] = set()
         self.misfits: dict[str, str] = {}
         """Stored names whose rule does not fit their dims, and why."""
+        self.dropped: dict[str, str] = {}
+        """Stored names that are known and not needed, and why."""
         self._sources: dict[str, list[Source]] = {}
         self._extents: dict[str, Dims] = {}
         self._runs: dict[Box, Overlap | None] = {}
@@ -118,17 +128,25 @@ class Sources:
             except MappingError as error:
                 self.misfits[name] = str(error)
                 return
-            for key, box in placed or ():
+            if not placed:
+                self._note_dropped(name, spelled)
+                continue
+            for key, box, add in placed:
                 _extend(self._extents, key, box)
                 if skip is not None:
                     self._skip_by_canonical[key] = skip
                     continue
-                source = Source(name, piece.file, piece.offset, box, tensor.dtype)
+                source = Source(name, piece.file, piece.offset, box, tensor.dtype, add)
                 known = self._sources.get(key)
                 if known is None:
                     self._sources[key] = [source]
                 else:
                     known.append(source)
+
+    def _note_dropped(self, name: str, spelled: str) -> None:
+        rule = self.disk.rule_for(spelled)
+        if rule is not None and not rule.parts:
+            self.dropped[name] = rule.note
 
     def cover(self, target: Target, key: str) -> Cover | None:
         """What the checkpoint holds of ``target`` under the name ``key``; None if nothing."""
@@ -138,17 +156,21 @@ class Sources:
             return Cover((), (), 0, {}, Mismatch((), target.shape, str(error)))
         if not placed:
             return None
+        padding = numel(target.shape) - sum(numel(box.sizes) for _, box, _ in placed)
+        if padding:
+            rule = self.memory.rule_for(key)
+            padding = padding if rule is not None and rule.fill else 0
         if len(placed) == 1 and (cover := self._whole(*placed[0])) is not None:
-            return cover
+            return cover._replace(padding=padding) if padding else cover
         wanted: dict[str, Dims] = {}
-        for canonical, box in placed:
+        for canonical, box, _ in placed:
             _extend(wanted, canonical, box)
         mismatch = skipped = None
         copies: list[Copy] = []
         others: dict[str, list[Copy]] = {}
         names: dict[str, None] = {}
         covered = 0
-        for canonical, box in placed:
+        for canonical, box, add in placed:
             extent = self._extents.get(canonical)
             if extent is None:
                 continue
@@ -166,7 +188,8 @@ class Sources:
                 names[source.name] = None
                 if overlap is None:
                     continue
-                copy = Copy(source.file, source.offset, source.dtype, overlap)
+                added = source.add - add
+                copy = Copy(source.file, source.offset, source.dtype, overlap, added)
                 if source.name == first:
                     covered += numel(overlap.sizes)
                     copies.append(copy)
@@ -182,6 +205,7 @@ class Sources:
             {name: tuple(held) for name, held in others.items()},
             mismatch,
             skipped,
+            padding,
         )
 
     def _overlap(self, source: Box, target: Box) -> Overlap | None:
@@ -195,12 +219,12 @@ class Sources:
             return found
         return Overlap(found[0], found[1], found[2], found[3] + start, found[4])
 
-    def _whole(self, canonical: str, box: Box) -> Cover | None:
+    def _whole(self, canonical: str, box: Box, add: float) -> Cover | None:
         """The usual case at a tenth of the cost: one source, and its box is the target's."""
         sources = self._sources.get(canonical)
         if sources is None or len(sources) != 1 or sources[0].box != box:
             return None
-        name, file, offset, _, dtype = sources[0]
+        name, file, offset, _, dtype, given = sources[0]
         if not any(box.offsets) and self._extents[canonical] != box.sizes:
             return None
         overlap = self._runs.get(box)
@@ -209,7 +233,7 @@ class Sources:
         if overlap is None:
             return None
         self.used.add(name)
-        copies = (Copy(file, offset, dtype, overlap),)
+        copies = (Copy(file, offset, dtype, overlap, given - add),)
         return Cover(copies, (name,), numel(box.sizes), _NO_OTHERS)
 
     def unused(self) -> list[str]:
@@ -217,7 +241,8 @@ class Sources:
         return [
             name
             for name, tensor in self.stored.items()
-            if tensor.kind == "weight" and name not in self.used and name not in self.skipped
+            if tensor.kind == "weight"
+            and not any(name in known for known in (self.used, self.skipped, self.dropped))
         ]
 
 

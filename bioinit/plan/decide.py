@@ -53,11 +53,10 @@ class Decisions:
             cover = self.sources.cover(target, target.key)
             if cover is None:
                 return self._missing(target, None)
-            if cover.names and cover.mismatch is None and cover.covered == numel(target.shape):
+            if cover.fills(target):
                 return self._loaded(target, (cover,))
         covers = [c for c in (self.sources.cover(target, key) for key in spellings) if c]
-        whole = [c for c in covers if c.names and c.covered == numel(target.shape)]
-        whole = [c for c in whole if c.mismatch is None]
+        whole = [c for c in covers if c.fills(target)]
         misfit = next((cover for cover in covers if cover.mismatch is not None), None)
         if misfit is not None and (not whole or self.init.on_mismatch == "error"):
             return self._mismatched(target, misfit)
@@ -86,6 +85,8 @@ class Decisions:
                 return self._wrong_kind(target, cover.names[0], dtype)
         final = self._final_dtype(target, stored)
         rule = self._rule_text(target.key, cover.names[0])
+        if cover.padding:
+            note = "; ".join(filter(None, (note, f"{cover.padding} elements of padding are zero")))
         if note:
             rule = note if rule == "copy" else f"{rule}; {note}"
         claim = Claim(
@@ -100,7 +101,7 @@ class Decisions:
             self.model.describe_init(target.key) if needs_init else None,
         )
         equal = () if len(covers) == 1 and not cover.others else _further_copies(covers)
-        return TargetPlan(claim, final, copies, equal, None, needs_init)
+        return TargetPlan(claim, final, copies, equal, None, needs_init, bool(cover.padding))
 
     def _rule_text(self, key: str, name: str) -> str:
         """What happens between the stored name and the live key; ``copy`` if nothing does."""

@@ -32,13 +32,14 @@ class Copy(NamedTuple):
 
     ``offset`` is the byte of the file where element 0 of the source view lies; starts and strides
     of ``overlap`` count elements, of ``dtype`` on the source side and of the final dtype on the
-    target's.
+    target's. ``add`` is added to every element, in float32.
     """
 
     file: int
     offset: int
     dtype: torch.dtype
     overlap: Overlap
+    add: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -48,8 +49,13 @@ class Copy(NamedTuple):
     def is_run(self, final: torch.dtype) -> bool:
         """Whether it is one stretch of bytes on both sides, read into place as it is."""
         overlap = self.overlap
-        return self.dtype == final and (
-            not overlap.sizes or (overlap.source_strides == (1,) and overlap.target_strides == (1,))
+        return (
+            self.dtype == final
+            and not self.add
+            and (
+                not overlap.sizes
+                or (overlap.source_strides == (1,) and overlap.target_strides == (1,))
+            )
         )
 
 
@@ -57,7 +63,8 @@ class TargetPlan(NamedTuple):
     """What is done for one target that owns memory.
 
     ``dtype`` is the final one. ``copies`` fill it; ``equal`` are further stored copies of the same
-    elements, which must be byte-equal. ``needs_init`` is True where the copies leave elements out.
+    elements, which must be byte-equal. ``needs_init`` is True where the copies leave elements out,
+    and ``padded`` where what they leave out is zero.
     """
 
     claim: Claim
@@ -66,6 +73,7 @@ class TargetPlan(NamedTuple):
     equal: tuple[tuple[str, tuple[Copy, ...]], ...] = ()
     conversion: Conversion | None = None
     needs_init: bool = False
+    padded: bool = False
 
     def all_copies(self) -> Iterator[Copy]:
         yield from self.copies

@@ -13,16 +13,17 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from bioinit.backends.transformers import architectures, configs
+from bioinit.backends.transformers import architectures, configs, imported
 from bioinit.errors import ConfigError
-from bioinit.layout import Dims
-from bioinit.mapping import Mapping as Table
-from bioinit.mapping import Names
+from bioinit.keys import Pattern
+from bioinit.layout import Dims, numel
 from bioinit.record import SavedField
 from bioinit.rules import Part, Rule, Unflatten, rename
 
 EXTRA = "extra"
 """The field of ours that carries what only transformers reads."""
+
+_NOTHING = object()
 
 
 class Fate(NamedTuple):
@@ -37,9 +38,10 @@ class Fate(NamedTuple):
 class Translation:
     """Fields of ``config.json`` for ``model_type``, by our names.
 
-    ``names`` maps theirs to ours. ``values`` gives, for a field of ours, our word for each of
-    theirs. ``only`` are undeclared fields with the one value that transformers still supports,
-    ``idle`` undeclared ones that checkpoints have and no code reads.
+    ``names`` maps theirs to ours; ``rope_parameters.rope_theta`` is an entry of a dict. ``values``
+    gives, for a field of ours, our word for each of theirs. ``only`` are undeclared fields with the
+    one value that transformers still supports, ``idle`` undeclared ones that checkpoints have and
+    no code reads.
     """
 
     model_type: str
@@ -59,8 +61,8 @@ class Translation:
         saved = configs.read(architectures.config_class(self.model_type), data)
         fields = {
             ours: SavedField(
-                self._our_word(ours, saved.values[theirs], where),
-                theirs in saved.literal,
+                self._our_word(ours, _at(saved.values, theirs), where),
+                theirs.partition(".")[0] in saved.literal,
                 f"{where}: {theirs}",
             )
             for theirs, ours in self.names.items()
@@ -80,12 +82,15 @@ class Translation:
                 note = "no code reads it" if is_idle else f"not a field of {saved.cls.__name__}"
                 fates.append(Fate(name, "carried" if is_idle else "unknown", note))
             else:
+                became: list[str] = []
                 for theirs in now:
-                    if theirs not in self.names:
-                        extra[theirs] = self._carried(saved, theirs)
-                mapped = [self.names.get(n, f"{EXTRA}.{n}") for n in now]
-                carried = all(n not in self.names for n in now)
-                fates.append(Fate(name, "carried" if carried else "mapped", ", ".join(mapped)))
+                    rest = self._rest(saved, theirs)
+                    if rest is not _NOTHING:
+                        extra[theirs] = rest
+                    became += self._ours(theirs)
+                    became += [] if rest is _NOTHING else [f"{EXTRA}.{theirs}"]
+                carried = all(ours.startswith(f"{EXTRA}.") for ours in became)
+                fates.append(Fate(name, "carried" if carried else "mapped", ", ".join(became)))
         fields[EXTRA] = SavedField(extra, bool(extra), where)
         return fields, tuple(fates)
 
@@ -95,7 +100,12 @@ class Translation:
         for theirs, ours in self.names.items():
             value = getattr(config, ours)
             words = {our: their for their, our in self.values.get(ours, {}).items()}
-            found[theirs] = words.get(value, value)
+            root, _, entry = theirs.partition(".")
+            value = words.get(value, value)
+            if not entry:
+                found[theirs] = value
+            elif value is not None:
+                found[root] = {**(found.get(root) or {}), entry: value}
         head = architectures.head_fields(config.architecture, config.num_labels, config.labels)
         return {**found, **head}
 
@@ -124,6 +134,18 @@ class Translation:
             )
         return cls
 
+    def body(self, config: Any) -> str:
+        """What stands before the names of the body in the model of ``config``."""
+        cls = self.model_class(config)
+        bare = imported().MODEL_MAPPING[architectures.config_class(self.model_type)]
+        return "" if cls is bare else f"{cls.base_model_prefix}."
+
+    def written(self, config: Any) -> bytes:
+        """``config.json`` for a config of ours, as transformers writes it."""
+        made = self.make(config)
+        made.architectures = [self.model_class(config).__name__]
+        return bytes(made.to_json_string(use_diff=False), "utf-8")
+
     def check_extra(self, extra: Mapping[str, Any]) -> None:
         """Raise for an entry of ``extra`` that is a field of ours under its other name."""
         for name in extra:
@@ -150,23 +172,46 @@ class Translation:
                 f"{self.only[name]!r} only. Use the version of transformers that wrote it."
             )
 
-    def _carried(self, saved: configs.SavedConfig, name: str) -> Any:
+    def _ours(self, name: str) -> list[str]:
+        """The fields of ours that ``name`` of theirs, or its entries, are."""
+        return [
+            ours
+            for theirs, ours in self.names.items()
+            if name in (theirs, theirs.partition(".")[0])
+        ]
+
+    def _rest(self, saved: configs.SavedConfig, name: str) -> Any:
+        """What of the value of ``name`` is no field of ours."""
+        if name in self.names:
+            return _NOTHING
         if name in saved.nested:
             return configs.plain(saved.nested[name].values)
-        return saved.values[name]
+        value = saved.values[name]
+        if not self._ours(name) or not isinstance(value, Mapping):
+            return _NOTHING if value is None and self._ours(name) else value
+        rest = {key: inner for key, inner in value.items() if f"{name}.{key}" not in self.names}
+        return rest or _NOTHING
+
+
+class Heads(NamedTuple):
+    """How the rows of attention are factored: groups, query heads per group, channels of one."""
+
+    groups: int
+    per_group: int
+    channels: int
 
 
 class Line(NamedTuple):
-    """One tensor, or several of one kind: the hf name below ``prefix``, and the canonical name.
+    """One tensor, or several of one kind: the hf name below the body's prefix, and the canonical.
 
-    ``heads`` factors the first dim into heads, so that a fused or sharded layout can name one.
-    ``aliases`` are other spellings that stored names may have.
+    ``heads`` factors the first dim, so that a fused or sharded layout can name a head: ``query`` by
+    group and head, ``key`` (and value) by group. ``aliases`` are other spellings that names have.
     """
 
     hf: str
     canonical: str
     is_body: bool = True
-    heads: bool = False
+    heads: Literal["", "query", "key"] = ""
     aliases: tuple[str, ...] = ()
 
 
@@ -179,7 +224,11 @@ def norm(hf: str, canonical: str, *, is_body: bool = True) -> tuple[Line, Line]:
 
 
 def linear(
-    hf: str, canonical: str, *, is_body: bool = True, heads: bool = False
+    hf: str,
+    canonical: str,
+    *,
+    is_body: bool = True,
+    heads: Literal["", "query", "key"] = "",
 ) -> tuple[Line, Line]:
     """A linear layer's weight and bias."""
     return (
@@ -188,40 +237,40 @@ def linear(
     )
 
 
-def names(lines: Sequence[Line], model: nn.Module, stored: Mapping[str, Dims], heads: int) -> Names:
-    """Both tables of the hf dialect, for a model and stored names (wrapper prefixes removed)."""
-    prefix = _body_prefix(model)
-    live = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    return Names(
-        Table([*_rules(lines, prefix, stored, heads, with_aliases=True)]),
-        Table([*_rules(lines, prefix, live, heads, with_aliases=False)]),
-    )
-
-
-def _body_prefix(model: nn.Module) -> str:
+def body_of(model: nn.Module) -> str:
+    """What stands before the names of the body in a live transformers model."""
     whole: Any = model
     return "" if whole.base_model is model else f"{whole.base_model_prefix}."
 
 
-def _rules(
-    lines: Sequence[Line],
-    prefix: str,
-    shapes: Mapping[str, Dims],
-    heads: int,
-    *,
-    with_aliases: bool,
+def rules(
+    lines: Sequence[Line], body: str, shapes: Mapping[str, Dims], heads: Heads
 ) -> Iterator[Rule]:
-    for line in lines:
-        front = prefix if line.is_body else ""
-        for spelling in (line.hf, *line.aliases) if with_aliases else (line.hf,):
-            if not line.heads:
-                yield rename(front + spelling, line.canonical)
-                continue
-            plain = rename(front + spelling, line.canonical)
-            rows = next((s[0] for k, s in shapes.items() if plain.pattern.match(k) and s), heads)
-            # A shape that the heads do not divide differs from the model's, and shows as that.
-            sizes = (heads, rows // heads) if rows % heads == 0 else (rows, 1)
-            yield Rule(plain.pattern_text, (Part(line.canonical, (Unflatten(0, sizes),)),))
+    """The table of ``lines``; aliases come after every spelling that is written."""
+    spellings = [(line, line.hf) for line in lines]
+    spellings += [(line, alias) for line in lines for alias in line.aliases]
+    for line, spelling in spellings:
+        key = (body if line.is_body else "") + spelling
+        if not line.heads:
+            yield rename(key, line.canonical)
+            continue
+        outer = (heads.groups, heads.per_group if line.heads == "query" else 1)
+        pattern = Pattern(key)
+        rows = next((s[0] for k, s in shapes.items() if s and pattern.match(k) is not None), None)
+        # A shape that the heads do not divide differs from the model's, and shows as that.
+        sizes = (*outer, heads.channels)
+        if rows is not None and rows != numel(sizes):
+            sizes = (*outer, rows // numel(outer)) if rows % numel(outer) == 0 else (rows, 1, 1)
+        yield Rule(key, (Part(line.canonical, (Unflatten(0, sizes),)),))
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    root, _, entry = path.partition(".")
+    value = values[root]
+    if not entry:
+        return value
+    return value.get(entry) if isinstance(value, Mapping) else None
 
 
 def checked_heads(config: Any) -> None:

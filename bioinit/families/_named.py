@@ -1,0 +1,183 @@
+"""What named families have in common: a config class, dialects, and who builds the model.
+
+A named family declares its dialects; this page makes of them the answers that the seam asks for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from bioinit import backends
+from bioinit.backends import transformers
+from bioinit.backends.protocol import Backend
+from bioinit.backends.transformers import named
+from bioinit.backends.transformers.named import Line, Translation
+from bioinit.config import TrainableModelConfig
+from bioinit.contexts.protocol import Context
+from bioinit.errors import ConfigError
+from bioinit.families.protocol import (
+    Canonical,
+    Dialect,
+    Family,
+    ReadFields,
+    SourceField,
+    Written,
+    of_dialect,
+    read_ours,
+)
+from bioinit.layout import Dims
+from bioinit.mapping import Mapping as Table
+from bioinit.mapping import Names
+from bioinit.rules import Rule
+
+Config = TrainableModelConfig
+Builder = Callable[[Any], nn.Module]
+
+MEGATRON = "megatron"
+"""The name of the backend, and of the dialect whose table its live models have."""
+
+
+def named_family(
+    config: type[Config],
+    translation: Translation,
+    dialects: Mapping[str, Dialect],
+    tensors: Callable[[Any], Mapping[str, Canonical]],
+    megatron: Builder | None = None,
+) -> Family:
+    """The family of ``config``.
+
+    Args:
+        config: the config class.
+        translation: its fields in ``config.json``.
+        dialects: by name, as contexts call them: ``hf``, ``nemo2``, ``nemo1``, ``neox``, ...
+        tensors: the canonical space for a config.
+        megatron: constructs the megatron-core model; None if there is none.
+    """
+
+    def is_ours(context: Context) -> bool:
+        return context.dialect == "bioinit" and str(context.model).startswith(
+            f"{config.__module__}."
+        )
+
+    def described(context: Context) -> Context | None:
+        found = (of_dialect(context, name) for name in dialects)
+        return next((c for c in found if c is not None and dialects[c.dialect].recognizes(c)), None)
+
+    def read_fields(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
+        if is_ours(context):
+            return read_ours(context, config)
+        saved = described(context)
+        if saved is None:
+            raise ConfigError(
+                f"{context.where} describes {context.model!r}, which {config.__name__} does not "
+                "stand for. `bioinit inspect` says which family it is of."
+            )
+        return dialects[saved.dialect].read(saved, shapes or {})
+
+    def is_megatron(asked: Config) -> bool:
+        if asked.backend == MEGATRON and megatron is None:
+            raise ConfigError(
+                f"model.backend={MEGATRON!r}, and megatron-core has no model of this family. Leave "
+                "model.backend out: transformers builds it."
+            )
+        return asked.backend == MEGATRON
+
+    def build(asked: Config) -> nn.Module:
+        if is_megatron(asked) and megatron is not None:
+            return megatron(asked)
+        return translation.construct(asked)
+
+    def backend(asked: Config) -> Backend:
+        return backends.load(MEGATRON) if is_megatron(asked) else transformers.BACKEND
+
+    def names(
+        asked: Config,
+        model: nn.Module,
+        dialect: str,
+        stored: Mapping[str, Dims],
+        described: Config | None = None,
+    ) -> Names:
+        live = {key: tuple(tensor.shape) for key, tensor in _tensors(model)}
+        if is_megatron(asked):
+            spoken, body = MEGATRON, translation.body(asked)
+        else:
+            spoken, body = "hf", named.body_of(model)
+        memory = dialects[spoken].rules(asked, live, body)
+        told = dialects.get(dialect, dialects["hf"])
+        return Names(Table(told.rules(described or asked, stored, body)), Table(memory))
+
+    def dialect_of(stored: Iterable[str]) -> str | None:
+        keys = tuple(stored)
+        return next((name for name, dialect in dialects.items() if dialect.spells(keys)), None)
+
+    return Family(
+        config=config,
+        recognizes=lambda context: is_ours(context) or described(context) is not None,
+        config_for=lambda context: config,
+        read_fields=read_fields,
+        build=build,
+        backend=backend,
+        names=names,
+        dialect_of=dialect_of,
+        dialects=dialects,
+        tensors=tensors,
+    )
+
+
+def hf(
+    translation: Translation,
+    lines: Callable[[Any], Collection[Line]],
+    marks: tuple[str, ...],
+    heads: Callable[[Any], named.Heads],
+    recognizes: Callable[[Context], bool] | None = None,
+    more: Callable[[Any], Collection[Rule]] = lambda config: (),
+) -> Dialect:
+    """The dialect of ``transformers``.
+
+    Args:
+        translation: the fields of ``config.json``.
+        lines: the tensors of a config.
+        marks: ends of names by which stored tensors are known to be of this family in this dialect.
+        heads: how attention is factored.
+        recognizes: whether a ``config.json`` is of this family; by its model type if None.
+        more: rules that are no lines, with names in full.
+    """
+
+    def rules(config: Config, shapes: Mapping[str, Dims], body: str) -> list[Rule]:
+        tied = getattr(config, "share_embeddings_and_output_weights", False)
+        # A tied head that is stored all the same is the embedding once more.
+        found = [
+            line._replace(canonical="embedding.word_embeddings.weight")
+            if tied and line.canonical == "output_layer.weight"
+            else line
+            for line in lines(config)
+        ]
+        found.sort(key=lambda line: not line.is_body)
+        return [*named.rules(found, body, shapes, heads(config)), *more(config)]
+
+    def read(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
+        fields, fates = translation.read(context.data, context.where)
+        return ReadFields(fields, tuple(SourceField(*fate) for fate in fates))
+
+    def write(config: Config, carried: Mapping[str, Any], tokenizer: Collection[str]) -> Written:
+        document = {**carried, **json.loads(translation.written(config))}
+        account = tuple(SourceField(name, "carried", "the source's sidecar") for name in carried)
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        return Written({"config.json": text.encode()}, account=account)
+
+    return Dialect(
+        rules=rules,
+        spells=lambda stored: any(key.endswith(marks) for key in stored),
+        recognizes=recognizes or (lambda context: context.model == translation.model_type),
+        read=read,
+        write=write,
+    )
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
