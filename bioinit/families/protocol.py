@@ -79,6 +79,8 @@ class Written(NamedTuple):
     """Stored beside the tensors as bytes, by name: what Megatron calls extra states."""
     common: Mapping[str, Any] = {}
     """Plain data that goes with the tensors."""
+    tokenizer: str = ""
+    """The folder of the tokenizer's files, relative to the output."""
     account: tuple[SourceField, ...] = ()
     """What became of each field of ours, and of each that was carried along."""
 
