@@ -92,16 +92,12 @@ class _NotYet(NamedTuple):
 
 _ONE_PROCESS = "one process loads the whole model"
 _NOT_YET = (
-    _NotYet("init", "layers", (None,), "every layer of the model is loaded"),
     _NotYet("init", "convert", (None, False), "checkpoints are read as they are, with no cache"),
     _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
     _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
     _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
     _NotYet("output", "dialect", ("hf",), "models are written in the hf dialect"),
     _NotYet("output", "format", ("safetensors",), "models are written as safetensors"),
-    _NotYet(
-        "model", "backend", (None, "transformers"), "models come from transformers or are yours"
-    ),
 )
 
 
@@ -127,7 +123,7 @@ class InitPolicy:
     trainable: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     check_finite: bool = False
-    layers: tuple[int, ...] | str | None = None
+    layers: tuple[int, ...] | int | None = None
     convert: bool | str | None = None
 
     def __post_init__(self) -> None:

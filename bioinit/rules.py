@@ -9,8 +9,8 @@ Operations act on lists of boxes, so a shard is placed as well as a whole tensor
 dim that is unflattened into k factors becomes at most 2k - 1 boxes. Each operation also knows its
 way back for shapes (``before``), so a table says which tensors a dialect has for a model.
 
-Three verbs are no views. *Drop*: what a rule narrows away, or a rule without parts. *Fill*: elements
-of a target that no part reaches are zero, where the rule says so (padded vocabularies). *Affine*:
+Three verbs are no views. *Drop*: what a rule narrows away, or a rule without parts. *Fill*: what no
+part reaches of a target is zero, where the rule says so (padded vocabularies). *Affine*:
 ``Part.add``, for norms that one dialect stores as ``1 + weight``.
 
 >>> from bioinit.layout import Box
@@ -256,9 +256,9 @@ class Rule:
     """One line of a mapping: a pattern of dialect keys and the parts that lie inside.
 
     ``text`` is what a report prints for it. A rule without parts says that a tensor is known and
-    not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero. ``shift``
-    is added to the number that the first wildcard of the key catches, where a dialect counts its
-    layers from another number on.
+    not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero.
+    ``shift`` is added to the number that the first wildcard of the key catches, where a dialect
+    counts its layers from another number on.
 
     Raises:
         MappingError: a part has more or fewer wildcards than the key and its ``Each`` provide.

@@ -119,7 +119,6 @@ def test_a_device_that_this_machine_lacks_may_be_planned_for() -> None:
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [
-        ("init", "layers", [0, 1]),
         ("init", "convert", True),
         ("placement", "mesh", [2]),
         ("placement", "mesh", {"data": 2}),
@@ -127,7 +126,6 @@ def test_a_device_that_this_machine_lacks_may_be_planned_for() -> None:
         ("placement", "parallel_load", "on"),
         ("output", "dialect", "nemo2"),
         ("output", "format", "torch_dist"),
-        ("model", "backend", "megatron"),
     ],
 )
 def test_what_is_not_supported_yet_says_so(section: str, name: str, value: Any) -> None:

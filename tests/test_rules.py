@@ -6,7 +6,18 @@ import torch
 from bioinit.errors import MappingError
 from bioinit.layout import Box, numel
 from bioinit.mapping import Mapping
-from bioinit.rules import Each, Narrow, Part, Permute, Rule, Unflatten, rename
+from bioinit.rules import (
+    Each,
+    Narrow,
+    Part,
+    Permute,
+    Reinterpret,
+    Rule,
+    Unflatten,
+    dropped,
+    rename,
+    stacked,
+)
 
 GROUPS, HEADS, WIDTH, HIDDEN = 3, 2, 4, 5
 FUSED = (GROUPS * (HEADS + 2) * WIDTH, HIDDEN)
@@ -26,6 +37,16 @@ EXPERTS = Rule(
     ),
 )
 TURNED = Rule("*.weight", (Part("*.w", (Permute((1, 0)),)),))
+GROUPED = Rule(  # megatron-core's GroupedMLP: (H, E * 2F) in memory, meant as (E, H, 2F)
+    "layers.*.weight1",
+    tuple(
+        Part(
+            f"l.*.e.*.{name}",
+            (Reinterpret((5, 24), (2, 5, 12)), Each(0, 1), Permute((1, 0)), Narrow(0, start, 6)),
+        )
+        for name, start in (("gate", 0), ("up", 6))
+    ),
+)
 
 
 def reference(rule: Rule, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -36,6 +57,13 @@ def reference(rule: Rule, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
             "l.7.q": folded[:, :HEADS],
             "l.7.k": folded[:, HEADS : HEADS + 1],
             "l.7.v": folded[:, HEADS + 1 :],
+        }
+    if rule is GROUPED:
+        experts = tensor.reshape(2, 5, 12)
+        return {
+            f"l.7.e.{e}.{name}": experts[e].t()[rows]
+            for e in range(2)
+            for name, rows in (("gate", slice(0, 6)), ("up", slice(6, 12)))
         }
     if rule is EXPERTS:
         return {
@@ -50,6 +78,7 @@ CASES = [
     (QKV, "layers.7.qkv", FUSED),
     (EXPERTS, "layers.7.gate_up", (4, 12, 5)),
     (TURNED, "proj.weight", (6, 9)),
+    (GROUPED, "layers.7.weight1", (5, 24)),
 ]
 
 
@@ -124,3 +153,84 @@ def test_a_rule_whose_wildcards_do_not_add_up_is_refused():
 def test_a_dim_that_does_not_fit_its_factors_is_refused():
     with pytest.raises(MappingError, match=r"17 cannot be unflattened"):
         list(Unflatten(0, (4, 4)).apply(Box.contiguous((17,))))
+
+
+@pytest.mark.parametrize(("rule", "key", "shape"), CASES)
+def test_a_table_says_which_tensors_it_has_for_canonical_ones(rule, key, shape):
+    canonical = {n: tuple(t.shape) for n, t in reference(rule, torch.zeros(shape)).items()}
+    assert Mapping([rule]).spelled_out(canonical) == {key: shape}
+
+
+def test_what_is_written_is_the_first_spelling():
+    table = Mapping([rename("new.*", "c.*"), rename("old.*", "c.*")])
+    assert table.spelled_out({"c.0": (2,), "c.5": (2,), "unknown": (1,)}) == {
+        "new.0": (2,),
+        "new.5": (2,),
+    }
+
+
+def test_layers_on_a_dim_of_their_own_are_the_same_boxes():
+    shape = (3, *FUSED)
+    tensor = torch.arange(numel(shape)).reshape(shape)
+    table = Mapping([stacked(QKV), QKV])
+    assert stacked(QKV).pattern_text == "layers.qkv"
+    names = ("l.{}.q", "l.{}.k", "l.{}.v")
+    found = table.place("layers.qkv", (Box.contiguous(shape),))
+    assert sorted(p.key for p in found) == sorted(n.format(i) for i in range(3) for n in names)
+    for key, box, _ in found:
+        number = int(key.split(".")[1])
+        wanted = reference(QKV, tensor[number])[f"l.7.{key[-1]}"]
+        assert torch.equal(tensor.as_strided(box.sizes, box.strides, box.start), wanted)
+    canonical = {p.key: p.box.sizes for p in found}
+    assert table.spelled_out(canonical) == {"layers.qkv": shape}
+
+
+def test_stacked_layers_and_experts_keep_their_own_numbers():
+    shape = (2, 4, 12, 5)
+    found = Mapping([stacked(EXPERTS)]).place("layers.gate_up", (Box.contiguous(shape),))
+    assert {p.key for p in found} == {
+        f"l.{i}.e.{e}.{name}" for i in range(2) for e in range(4) for name in ("gate", "up")
+    }
+    canonical = {p.key: p.box.sizes for p in found}
+    assert Mapping([stacked(EXPERTS)]).spelled_out(canonical) == {"layers.gate_up": shape}
+
+
+def test_layers_that_are_missing_in_a_stack_are_an_error():
+    canonical = {"l.0.e.0.gate": (6, 5), "l.0.e.1.gate": (6, 5), "l.1.e.0.gate": (6, 5)}
+    with pytest.raises(MappingError, match="missing, or differ"):
+        Mapping([stacked(EXPERTS)]).spelled_out(canonical)
+
+
+def test_padding_is_narrowed_away_and_put_back():
+    rule = Rule("emb", (Part("words", (Narrow(0, 0, 33, 40),)),), fill=True)
+    ((key, box, _),) = Mapping([rule]).place("emb", (Box.contiguous((40, 8)),))
+    assert (key, box) == ("words", Box((0, 0), (33, 8), 0, (8, 1)))
+    assert Mapping([rule]).spelled_out({"words": (33, 8)}) == {"emb": (40, 8)}
+    inside_the_padding = Box((36, 0), (4, 8), 0, (8, 1))
+    assert Mapping([rule]).place("emb", (inside_the_padding,)) == []
+
+
+def test_a_dialect_may_count_its_layers_from_another_number():
+    rule = Rule("*.norm", (Part("layers.*.norm"),), shift=-2)
+    table = Mapping([rename("0.words", "words"), rule])
+    assert table.place("1.norm", (Box.contiguous((4,)),)) is None, "there is no layer -1"
+    assert [p.key for p in table.place("2.norm", (Box.contiguous((4,)),))] == ["layers.0.norm"]
+    assert [p.key for p in table.place("13.norm", (Box.contiguous((4,)),))] == ["layers.11.norm"]
+    assert table.spelled_out({"layers.11.norm": (4,), "words": (9, 4)}) == {
+        "13.norm": (4,),
+        "0.words": (9, 4),
+    }
+
+
+def test_a_tensor_that_nobody_needs_is_known_and_has_no_place():
+    rule = dropped("layers.*.inv_freq", "computed")
+    assert Mapping([rule]).place("layers.3.inv_freq", (Box.contiguous((4,)),)) == []
+    assert Mapping([rule]).spelled_out({"layers.3.inv_freq": (4,)}) == {}
+
+
+def test_reading_as_another_shape_needs_as_many_elements():
+    op = Reinterpret((4, 6), (3, 9))
+    with pytest.raises(MappingError, match=r"\(3, 9\)"):
+        list(op.apply(Box.contiguous((4, 6))))
+    with pytest.raises(MappingError, match="larger than"):
+        list(Reinterpret((4, 6), (3, 8)).apply(Box.contiguous((5, 6))))

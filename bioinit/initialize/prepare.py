@@ -21,6 +21,7 @@ from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family, ReadFields
 from bioinit.formats.protocol import StoredTensor
+from bioinit.initialize.layers import Layers
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
@@ -148,6 +149,10 @@ def _decide(
         model = make_record(family.config_for(context), model or {}, run.origins, at="model")
     shapes = {} if checkpoint is None else {n: t.shape for n, t in checkpoint.tensors.items()}
     saved = None if context is None else family.read_fields(context, shapes)
+    described = _described_by(saved, fdl.get_callable(model))
+    layers = None if run.init.layers is None else Layers(run.init.layers, saved)
+    if layers is not None and saved is not None:
+        saved = layers.counted(saved)
     merged = merge(
         model, None if saved is None else saved.fields, run.origins, run.init.on_conflict
     )
@@ -159,18 +164,23 @@ def _decide(
 
     module = backend.build(make)
     targets = describe(module)
-    described = _described_by(saved, type(config))
     names, spelling = names_of_family(family, config, described, module, targets, checkpoint)
     nothing = checkpoint is None
+    stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
+    notes = _notes(checkpoint, spelling, saved, merged.missing)
+    if layers is not None:
+        stored, said = layers.of(stored, names, spelling, module)
+        names = layers.renumbered(names, module)
+        notes.append(said)
     planned = plan_load(
         model_side(module, targets, backend, run.placement.dtype),
-        {} if checkpoint is None else checkpoint.tensors,
+        stored,
         names,
         init=dataclasses.replace(run.init, on_missing="init") if nothing else run.init,
         spelled=spelling.spell,
         skip_prefixes=config.initial_ckpt_skip_keys_with_these_prefixes,
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
-        notes=_notes(checkpoint, spelling, saved, merged.missing),
+        notes=notes,
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]
@@ -246,9 +256,9 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
     if fitting is None and context.dialect not in ("hf", "bioinit"):
         return ConfigError(
             f"{context.where} describes {context.model or 'its model'} in the dialect "
-            f"{context.dialect!r}, and the families here ({', '.join(families.names())}) read the "
-            "dialect 'hf' so far. `bioinit inspect` shows what is stored, and bioinit.load_weights("
-            "module, path) loads it into a module of yours that uses the stored names."
+            f"{context.dialect!r}, and no family here ({', '.join(families.names())}) knows that "
+            "class. `bioinit inspect` shows what is stored; bioinit.load_weights(module, path) "
+            "loads it into a module of yours, and a family of your own is one file."
         )
     if context.model is None and fitting is None:
         return ConfigError(

@@ -56,7 +56,7 @@ class Segment(NamedTuple):
     add: float
 
     def source(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The elements of ``buffer``, uint8, whose first byte is ours, and what is added to them."""
+        """The elements of ``buffer``, uint8, whose first byte is ours, with what is added."""
         flat = buffer[: self.size].view(self.dtype)
         start = flat.storage_offset()
         held = flat.as_strided(self.overlap.sizes, self.overlap.source_strides, start)

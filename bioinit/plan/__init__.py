@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
 from bioinit.formats.protocol import StoredTensor
-from bioinit.keys import suggestion
+from bioinit.keys import suggestion, template
 from bioinit.layout import numel
 from bioinit.mapping import Names
 from bioinit.plan.cover import Skips, Sources
@@ -108,6 +108,8 @@ def plan(
             )
             for tensor in unused
         )
+    if sources.dropped:
+        notes = (*notes, f"stored and not needed: {_by_kind(sources.dropped)}")
     return _total(plans, claims, unused, problems, skips, stored, notes)
 
 
@@ -150,6 +152,16 @@ def _total(
         memory_parameters=parameters,
         memory_peak=parameters + converting + staging,
         notes=tuple(notes),
+    )
+
+
+def _by_kind(dropped: Mapping[str, str]) -> str:
+    """Names and reasons, those that differ in numbers alone once."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, why in dropped.items():
+        kinds.setdefault((template(name), why), []).append(name)
+    return ", ".join(
+        f"{names[0] if len(names) == 1 else kind} ({why})" for (kind, why), names in kinds.items()
     )
 
 

@@ -38,8 +38,8 @@ class Mismatch(NamedTuple):
 class Cover(NamedTuple):
     """What one spelling of a target finds in the checkpoint.
 
-    ``covered`` counts the target's elements that ``copies`` fill, ``padding`` those that are zero by
-    rule; ``others`` are further stored tensors that hold the same elements; ``skipped`` is the
+    ``covered`` counts the target's elements that ``copies`` fill, ``padding`` those that are zero
+    by rule; ``others`` are further stored tensors that hold the same elements; ``skipped`` is the
     prefix that took sources away.
     """
 
