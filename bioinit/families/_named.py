@@ -175,6 +175,7 @@ def hf(
         recognizes=recognizes or (lambda context: context.model == translation.model_type),
         read=read,
         write=write,
+        fields=translation.names,
     )
 
 

@@ -147,6 +147,8 @@ class Dialect:
     recognizes: Callable[[Context], bool]
     read: Read
     write: Write | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Which field of ours each field of the saved config is, for people who read the tables."""
 
 
 class NamesOf(Protocol):
