@@ -17,6 +17,10 @@ from bioinit.storage import Journal
 WORK = "the same work"
 
 
+class Killed(Exception):
+    """Stands for whatever ends a writer half-way."""
+
+
 class Request(NamedTuple):
     key: str
     first: int
@@ -52,7 +56,7 @@ class Source:
             assert memory.numel() and 0 <= first <= first + memory.numel() <= flat.numel()
             with self._lock:
                 if len(self.requests) == self.breaks_at:
-                    raise InterruptedError("killed half-way")
+                    raise Killed("killed half-way")
                 self.requests.append(Request(key, first, memory.numel(), memory.nbytes))
             memory[...] = flat[first : first + memory.numel()]
 

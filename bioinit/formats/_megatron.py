@@ -175,16 +175,20 @@ def _common(file: File) -> Any:
 
 
 def _tensor_cuts(tensors: Mapping[str, StoredTensor]) -> int | None:
-    """How often the tensors that Megatron always cuts across its tensor-parallel ranks are cut."""
-    most = 0
+    """How often the tensors that Megatron always cuts across its tensor-parallel ranks are cut.
+
+    Columns are cut for no other reason; rows of an embedding may be, where nothing else tells.
+    """
+    columns = rows = 0
     for name, stored in tensors.items():
-        if stored.kind != "weight":
+        if stored.kind != "weight" or not stored.shape:
             continue
-        dim = None
-        if name.endswith("word_embeddings.weight"):
-            dim = 0
-        elif name.endswith("self_attention.linear_proj.weight"):
-            dim = len(stored.shape) - 1
-        if dim is not None and stored.shape:
-            most = max(most, len({piece.box.offsets[dim] for piece in stored.pieces}))
-    return most or None
+        if name.endswith("self_attention.linear_proj.weight"):
+            columns = max(columns, _cuts(stored, len(stored.shape) - 1))
+        elif name.endswith("word_embeddings.weight"):
+            rows = max(rows, _cuts(stored, 0))
+    return columns or rows or None
+
+
+def _cuts(stored: StoredTensor, dim: int) -> int:
+    return len({piece.box.offsets[dim] for piece in stored.pieces})

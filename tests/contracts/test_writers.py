@@ -13,7 +13,7 @@ import torch
 
 from bioinit import formats
 from bioinit.formats._filling import SLAB_BYTES
-from tests.writing import Source, assert_same, read, values, write
+from tests.writing import Killed, Source, assert_same, read, values, write
 
 TESTS = Path(__file__).parents[1] / "formats"
 WRITERS = [n for n in formats.names() if formats.load(n).write is not None]
@@ -79,7 +79,7 @@ def test_what_stands_there_when_it_fails_is_no_checkpoint_and_no_thread_is_left(
     import threading
 
     source = Source(odd_state(name), breaks_at=3)
-    with pytest.raises(InterruptedError, match="killed half-way"):
+    with pytest.raises(Killed, match="killed half-way"):
         write(name, tmp_path / "out", source)
     assert not [t for t in threading.enumerate() if t.name.startswith("bioinit")]
 

@@ -13,7 +13,7 @@ from bioinit.errors import ConfigError, StorageError
 from bioinit.formats import _filling
 from bioinit.formats.safetensors import DTYPES
 from bioinit.storage import Journal
-from tests.writing import Source, assert_same, read, values, write
+from tests.writing import Killed, Source, assert_same, read, values, write
 
 
 def by_library(path):
@@ -97,7 +97,7 @@ def test_transformers_opens_the_shards(tmp_path):
 def test_a_killed_writer_is_gone_on_with_and_finished_shards_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(_filling, "worker_count", lambda: 1)
     state = state_of(6)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         write("safetensors", tmp_path, Source(state, breaks_at=3), max_shard_bytes=3200)
     first = tmp_path / "model-00001-of-00006.safetensors"
     before = first.stat()
@@ -111,7 +111,7 @@ def test_a_killed_writer_is_gone_on_with_and_finished_shards_are_left_alone(tmp_
 def test_a_noted_shard_that_is_not_whole_any_more_is_written_again(harm, tmp_path, monkeypatch):
     monkeypatch.setattr(_filling, "worker_count", lambda: 1)
     state = state_of(4)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         write("safetensors", tmp_path, Source(state, breaks_at=3), max_shard_bytes=3200)
     second = tmp_path / "model-00002-of-00004.safetensors"
     if harm == "gone":
@@ -174,7 +174,7 @@ def test_the_first_error_of_a_thread_stops_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("bioinit.formats.safetensors.shards.SLAB_BYTES", 8)
     monkeypatch.setattr(_filling, "worker_count", lambda: 4)
     source = Source({"a": torch.zeros(10_000)}, breaks_at=20)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         write("safetensors", tmp_path, source)
     assert len(source.requests) < 1000
 

@@ -9,8 +9,9 @@ of all ``metadata.json``.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from bioinit.errors import CorruptCheckpoint, UnfinishedCheckpoint
@@ -18,7 +19,15 @@ from bioinit.formats import _megatron
 from bioinit.formats._items import Item, Items, begins_item, require_alike
 from bioinit.formats._tiling import fault
 from bioinit.formats._training import training_state
-from bioinit.formats.protocol import Contents, Format, Open, Piece, StoredTensor
+from bioinit.formats.protocol import (
+    Contents,
+    Format,
+    Open,
+    Outgoing,
+    Piece,
+    StoredTensor,
+    WriteOptions,
+)
 from bioinit.formats.torch_dist.index import (
     Index,
     Indexed,
@@ -28,7 +37,7 @@ from bioinit.formats.torch_dist.index import (
 )
 from bioinit.formats.torch_dist.optimizer import Lazily
 from bioinit.layout import Box
-from bioinit.storage import File, Folder
+from bioinit.storage import File, Folder, Journal
 
 SUFFIX = ".distcp"
 INDEX = ".metadata"
@@ -255,4 +264,13 @@ def _ranks(files: Iterable[str]) -> set[str]:
     return {found[1] for name in files if (found := RANK_FILE.fullmatch(name))}
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, marks=".metadata with *.distcp")
+def _write(
+    folder: Path, tensors: Sequence[Outgoing], options: WriteOptions, journal: Journal
+) -> None:
+    # Torch's checkpoint takes half a second to import, and reading needs nothing of it.
+    from bioinit.formats.torch_dist.parts import write
+
+    write(folder, tensors, options, journal)
+
+
+FORMAT = Format(recognizes=_recognizes, open=_open, marks=".metadata with *.distcp", write=_write)
