@@ -3,14 +3,17 @@
 import dataclasses
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
+import torch
+import transformers
 
 import bioinit
 from bioinit import families, recipe
 from bioinit.config import InitPolicy, Output, Placement
 from bioinit.keys import Pattern, SkipPrefix
 from bioinit.recipe import sources
-from tests.checkpoints import MODELS, write
+from tests.checkpoints import MODELS, SMALL, write
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -19,6 +22,13 @@ TASKS = (
     "masked_lm causal_lm sequence_classification token_classification regression as_saved".split()
 )
 WITHOUT = {"masked_lm": ("llama", "mixtral", "gpt_neox"), "causal_lm": ("esm2",)}
+NAMED = {  # of which other tests have no tiny model
+    "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2),
+    "gemma": transformers.GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+    "nemotron": transformers.NemotronConfig(**SMALL, num_key_value_heads=2),
+    "biobert": transformers.MegatronBertConfig(**SMALL),
+}
+OF_PRESET = {"geneformer": "bert", "biobert": "bert"}  # others begin with their family's name
 PREFIXES = "initial_ckpt_skip_keys_with_these_prefixes"
 each_recipe = pytest.mark.parametrize("name", sources.names())
 each_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -52,7 +62,12 @@ def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     for name in MODELS:
         write(root / name, name)
-    return {name: root / name / "safetensors" for name in MODELS}
+    for name in {*NAMED} & {*families.names()}:
+        torch.manual_seed(0)
+        kind = "MaskedLM" if name == "biobert" else "CausalLM"
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(NAMED[name])
+        model.save_pretrained(root / name / "safetensors")
+    return {name: root / name / "safetensors" for name in (*MODELS, *NAMED)}
 
 
 def fitting():
@@ -83,11 +98,17 @@ def test_a_recipe_starts_a_fitting_checkpoint_and_each_of_its_names_is_one(
             assert any(Pattern(pattern).match(key) is not None for key in keys), pattern
 
 
-@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
-@pytest.mark.parametrize("family", ["esm2", "bert"])
-def test_a_new_head_is_already_on_the_skip_list(family, task):
-    model = recipe.compose(f"{family}/{task}").model
-    assert model.initial_ckpt_skip_keys_with_these_prefixes == ("classifier",)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in sources.names()
+        if n.endswith(("_classification", "regression")) and "auto" not in n
+    ],
+)
+def test_a_new_head_is_already_on_the_skip_list(name):
+    [prefix] = recipe.compose(name).model.initial_ckpt_skip_keys_with_these_prefixes
+    assert prefix in ("classifier", "score")
 
 
 @each_preset
@@ -100,7 +121,13 @@ def test_a_preset_writes_fields_that_exist(path):
     written = set(sources.parse(path, path.name).lines)
     classes = {"init": InitPolicy, "placement": Placement, "output": Output}
     if path.parent.name == "model":
-        family = "esm2" if path.stem.startswith("esm2") else "bert"
-        recipe.compose(f"{family}/masked_lm", [f"model={path.stem}"])
+        start = path.stem.partition("_")[0]
+        family = OF_PRESET.get(start) or next(
+            f for f in families.names() if path.stem.startswith(f)
+        )
+        own = next(name for name in sources.names() if name.startswith(f"{family}/"))
+        record = recipe.compose(own, [f"model={path.stem}"])
+        assert written <= {f.name for f in dataclasses.fields(fdl.get_callable(record.model))}
+        fdl.build(record.model)
     else:
         assert written <= {f.name for f in dataclasses.fields(classes[path.parent.name])}
