@@ -110,6 +110,51 @@ def fold(
     )
 
 
+def restrict(overlap: Overlap, low: int, high: int) -> Iterator[Overlap]:
+    """The parts of ``overlap`` whose target elements lie in [``low``, ``high``).
+
+    A target that is made piece by piece asks for a stretch of it. What lies inside whole stays one
+    part; where the stretch begins or ends within a row, that row is a part of its own.
+
+    >>> rows = Overlap((2, 3), 0, (10, 1), 0, (3, 1))
+    >>> [part.sizes for part in restrict(rows, 1, 6)], [p.sizes for p in restrict(rows, 0, 6)]
+    ([(2,), (3,)], [(2, 3)])
+    """
+    sizes, strides, start = overlap.sizes, overlap.target_strides, overlap.target_start
+    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if start >= high or start + span <= low or not numel(sizes):
+        return
+    if low <= start and start + span <= high:
+        yield overlap
+        return
+    outer = max(range(len(sizes)), key=lambda dim: (strides[dim], sizes[dim]))
+    step, count = strides[outer], sizes[outer]
+    inner = span - (count - 1) * step
+    first = max(0, (low - start - inner) // step + 1)
+    after = min(count, -((start - high) // step))
+    begin = max(0, -((start - low) // step))
+    end = max(begin, min(count, (high - inner - start) // step + 1))
+    for index in range(first, min(begin, after)):
+        yield from restrict(_part(overlap, outer, index, 1), low, high)
+    if end > begin:
+        yield _part(overlap, outer, begin, end - begin)
+    for index in range(max(first, end), after):
+        yield from restrict(_part(overlap, outer, index, 1), low, high)
+
+
+def _part(overlap: Overlap, dim: int, first: int, count: int) -> Overlap:
+    """``count`` indices of dim ``dim`` from ``first`` on; a single one leaves no dim."""
+    kept = slice(dim + 1, None) if count == 1 else slice(dim, None)
+    sizes, source, target = overlap.sizes, overlap.source_strides, overlap.target_strides
+    return Overlap(
+        sizes[:dim] + ((count,) if count != 1 else ()) + sizes[dim + 1 :],
+        overlap.source_start + first * source[dim],
+        source[:dim] + source[kept],
+        overlap.target_start + first * target[dim],
+        target[:dim] + target[kept],
+    )
+
+
 class Block(NamedTuple):
     """A part of an overlap that is read in one go: ``span`` source elements from its start on."""
 
@@ -142,19 +187,4 @@ def blocks(overlap: Overlap, limit: int) -> Iterator[Block]:
     step = 1 if is_wide or inner > limit else max(1, (limit - inner) // max(strides[outer], 1) + 1)
     for low in range(0, sizes[outer], step):
         count = min(step, sizes[outer] - low)
-        part = Overlap(
-            (*sizes[:outer], count, *sizes[outer + 1 :]),
-            overlap.source_start + low * strides[outer],
-            strides,
-            overlap.target_start + low * overlap.target_strides[outer],
-            overlap.target_strides,
-        )
-        if count == 1:
-            part = Overlap(
-                sizes[:outer] + sizes[outer + 1 :],
-                part.source_start,
-                strides[:outer] + strides[outer + 1 :],
-                part.target_start,
-                part.target_strides[:outer] + part.target_strides[outer + 1 :],
-            )
-        yield from blocks(part, limit)
+        yield from blocks(_part(overlap, outer, low, count), limit)

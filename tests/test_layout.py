@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from bioinit.layout import Box, Overlap, blocks, fold, intersect, numel, row_major
+from bioinit.layout import Box, Overlap, blocks, fold, intersect, numel, restrict, row_major
 
 
 def view(memory: torch.Tensor, sizes, strides, start) -> torch.Tensor:
@@ -102,3 +102,49 @@ def test_blocks_read_every_element_once_and_no_span_exceeds_the_limit(shape, tra
 def test_wide_gaps_are_not_read_along():
     overlap = Overlap((3, 5), 0, (40_000, 1), 0, (5, 1))
     assert sum(block.span for block in blocks(overlap, 1 << 30)) == 15
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_stretch_of_a_target_is_covered_once_and_nothing_outside_of_it(seed):
+    rng = random.Random(seed)
+    shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(0, 4)))
+    offsets = tuple(rng.randrange(size) for size in shape)
+    sizes = tuple(
+        rng.randint(1, size - offset) for size, offset in zip(shape, offsets, strict=True)
+    )
+    strides = list(row_major(sizes))
+    source = Box(offsets, sizes, rng.randrange(3), tuple(strides))
+    overlap = intersect(source, Box.contiguous(shape))
+    assert overlap is not None
+    wanted = pairs(overlap)
+    end = numel(shape)
+    low = rng.randint(0, end)
+    high = rng.randint(low, end)
+    parts = list(restrict(overlap, low, high))
+    found = [pair for part in parts for pair in pairs(part)]
+    assert sorted(found) == sorted(pair for pair in wanted if low <= pair[0] < high)
+    assert len(set(found)) == len(found)
+
+
+def test_views_that_interleave_are_cut_at_the_same_element():
+    gate = Overlap((4, 2), 0, (2, 1), 1, (5, 1))
+    for low in range(21):
+        found = [pair for part in restrict(gate, low, low + 4) for pair in pairs(part)]
+        assert sorted(found) == [pair for pair in sorted(pairs(gate)) if low <= pair[0] < low + 4]
+
+
+def test_whole_rows_of_a_stretch_stay_one_part():
+    rows = Overlap((100, 8), 0, (8, 1), 0, (16, 1))
+    parts = list(restrict(rows, 16 * 10 + 4, 16 * 90 + 4))
+    assert [part.sizes for part in parts] == [(4,), (79, 8), (4,)]
+
+
+def pairs(overlap: Overlap) -> list[tuple[int, int]]:
+    """Target and source index of every element."""
+    return [
+        (
+            overlap.target_start + sum(map(int.__mul__, index, overlap.target_strides)),
+            overlap.source_start + sum(map(int.__mul__, index, overlap.source_strides)),
+        )
+        for index in itertools.product(*map(range, overlap.sizes))
+    ]

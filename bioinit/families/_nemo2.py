@@ -1,8 +1,8 @@
 """What lies beside the weights of a NeMo 2 checkpoint: ``context/`` and the rest of ``weights/``.
 
 ``io.json`` is a :class:`fiddle.Config` of NeMo's ``TrainerContext`` in fiddle's own JSON. Fiddle
-would have to import NeMo to write it, so the document is put together here: a table of objects, each
-with the places at which it stands, by which NeMo finds ``model`` or ``model.config`` alone.
+would have to import NeMo to write it, so the document is put together here: a table of objects,
+each with the places at which it stands, by which NeMo finds ``model`` or ``model.config`` alone.
 ``model.yaml`` says the same of the model, for people.
 """
 

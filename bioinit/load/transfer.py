@@ -98,6 +98,14 @@ class Transfer:
             StorageError: the file system refused.
             CorruptCheckpoint: a file is shorter than its header said.
         """
+        self._run(self._tasks(jobs))
+
+    def move_here(self, jobs: Iterable[Job], staging: Staging) -> None:
+        """Carry out ``jobs`` in the thread that asks, with its own buffers."""
+        for task in self._tasks(jobs):
+            task(staging)
+
+    def _tasks(self, jobs: Iterable[Job]) -> list[_Task]:
         runs: list[Run] = []
         staged: list[Job] = []
         for job in jobs:
@@ -110,12 +118,11 @@ class Transfer:
             else:
                 staged.append(job)
         tasks: list[_Task] = [self._scatter(batch) for batch in _scattered(_split(runs))]
-        tasks += [self._stage(batch) for batch in _together(staged)]
-        self._run(tasks)
+        return tasks + [self._stage(batch) for batch in _together(staged)]
 
-    def same(self, jobs: Iterable[Job]) -> bool:
+    def same(self, jobs: Iterable[Job], staging: Staging | None = None) -> bool:
         """Whether every job's bytes, cast as they would be, are what its tensor already holds."""
-        staging = Staging(torch.device("cpu"))
+        staging = staging or Staging(torch.device("cpu"))
         with torch.no_grad():
             for batch in _together(jobs):
                 buffer = self._fill(batch, staging)
