@@ -21,6 +21,7 @@ from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family, ReadFields
 from bioinit.formats.protocol import StoredTensor
+from bioinit.initialize.across import described_by, names_across
 from bioinit.initialize.layers import Layers
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
@@ -94,6 +95,8 @@ def prepare_module(
     """Decide everything about loading into a module that exists already."""
     started = time.perf_counter()
     backend, own_names = families.of_module(module)
+    if mapping is None:
+        own_names = names_across(module, checkpoint) or own_names
     targets = describe(module)
     names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
     if own_names is None:
@@ -149,7 +152,7 @@ def _decide(
         model = make_record(family.config_for(context), model or {}, run.origins, at="model")
     shapes = {} if checkpoint is None else {n: t.shape for n, t in checkpoint.tensors.items()}
     saved = None if context is None else family.read_fields(context, shapes)
-    described = _described_by(saved, fdl.get_callable(model))
+    described = None if context is None else described_by(family, context, {}, shapes)
     layers = None if run.init.layers is None else Layers(run.init.layers, saved)
     if layers is not None and saved is not None:
         saved = layers.counted(saved)
@@ -190,20 +193,6 @@ def _decide(
     return Prepared(
         run, config, merged.record, module, make, backend, checkpoint, planned, spelling
     )
-
-
-def _described_by(
-    saved: ReadFields | None, cls: type[TrainableModelConfig]
-) -> TrainableModelConfig | None:
-    """The config that the checkpoint alone describes, by which its tensors are laid out."""
-    if saved is None:
-        return None
-    alone = merge(make_record(cls, {}, {}, at="model"), saved.fields, {})
-    try:
-        described: TrainableModelConfig = build(alone.record, at="model")
-    except ConfigError:  # what the checkpoint leaves open is said of the merged config
-        return None
-    return described
 
 
 def _nothing_to_load_into(module: nn.Module) -> Problem:

@@ -1,0 +1,99 @@
+"""A module that exists already, and a checkpoint whose names another world spells.
+
+``load_weights`` has no recipe that names a family. For a ``transformers`` model its own config says
+what it is, for one of megatron-core the checkpoint's; where the names are spelled as the module has
+them, none of this is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from bioinit import families
+from bioinit.config import TrainableModelConfig
+from bioinit.contexts import Checkpoint
+from bioinit.contexts.protocol import Context
+from bioinit.errors import ConfigError
+from bioinit.families.protocol import Family
+from bioinit.initialize.sides import NamesOf
+from bioinit.layout import Dims
+from bioinit.mapping import Names
+from bioinit.merge import merge
+from bioinit.record import build, make_record
+
+_BUILDERS = {"transformers": "PreTrainedModel", "megatron.core.transformer": "MegatronModule"}
+_DIALECTS = {"transformers": "hf", "megatron": "megatron"}
+
+
+def names_across(module: nn.Module, checkpoint: Checkpoint) -> NamesOf | None:
+    """What names the stored tensors for ``module``; None where nobody need translate.
+
+    Raises:
+        ConfigError: a saved config that is at hand describes another model than its family has.
+    """
+    builder = _builder_of(module)
+    if builder is None:
+        return None
+    own = _own_context(module) if builder == "transformers" else None
+    context = checkpoint.context if builder == "megatron" or own is None else own
+    name = families.find(context, checkpoint.tensors) if context is not None else None
+    if context is None or name is None:
+        return None
+    family = families.load(name)
+    if not family.dialects:
+        return None
+    dialect = families.dialect_in(family, checkpoint.context, checkpoint.tensors)
+    if dialect == _DIALECTS[builder]:
+        return None
+    stored = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    config = described_by(family, context, {"backend": builder}, stored)
+    if config is None:
+        return None
+    said = checkpoint.context
+    is_its_own = said is not None and family.recognizes(said)
+    described = config
+    if said is not None and is_its_own:
+        described = described_by(family, said, {}, stored) or config
+
+    def names(live: nn.Module, shapes: Mapping[str, Dims]) -> Names:
+        return family.names(config, live, dialect, shapes, described)
+
+    return names
+
+
+def described_by(
+    family: Family, context: Context, own: Mapping[str, Any], shapes: Mapping[str, Dims]
+) -> TrainableModelConfig | None:
+    """The config that ``context`` alone describes; None if it leaves something open."""
+    cls = family.config_for(context)
+    record = make_record(cls, dict(own), {}, at="model")
+    merged = merge(record, family.read_fields(context, shapes).fields, {})
+    try:
+        described: TrainableModelConfig = build(merged.record, at="model")
+    except ConfigError:
+        return None
+    return described
+
+
+def _builder_of(module: nn.Module) -> str | None:
+    """Who builds modules of this class; asked only of libraries that are imported already."""
+    for name, kind in _BUILDERS.items():
+        library: Any = sys.modules.get(name)
+        cls = getattr(library, kind, None)
+        if cls is None and library is not None:
+            cls = getattr(sys.modules.get(f"{name}.module"), kind, None)
+        if cls is not None and isinstance(module, cls):
+            return name.partition(".")[0]
+    return None
+
+
+def _own_context(module: nn.Module) -> Context | None:
+    config: Any = getattr(module, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if not isinstance(model_type, str):
+        return None
+    return Context("hf", f"{type(module).__name__}.config", config.to_dict(), model_type)
