@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -119,25 +119,40 @@ def names_of_module(
 def _names(
     module: nn.Module, targets: Mapping[str, Target], checkpoint: Checkpoint, names_of: NamesOf
 ) -> tuple[Names, Spelling]:
-    """Solve wrapper prefixes first, then ask for the tables of the names as they are spelled."""
     shapes = {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
     keys = [key for key, target in targets.items() if target.persistent]
-    as_stored = names_of(module, shapes)
+    return solved(lambda asked: names_of(module, asked), keys, shapes)
+
+
+def solved(
+    names_of: Callable[[Mapping[str, Dims]], Names], keys: Sequence[str], shapes: Mapping[str, Dims]
+) -> tuple[Names, Spelling]:
+    """Solve wrapper prefixes first, then ask for the tables of the names as they are spelled.
+
+    Args:
+        names_of: both tables, for stored names and shapes without what wrappers added.
+        keys: what is wanted, by the names of the memory's table.
+        shapes: the stored tensors.
+
+    Raises:
+        AmbiguousFormat: the stored names fit in more than one way.
+    """
+    as_stored = names_of(shapes)
     # What stands in front of names in another world is no front of the model's own.
-    fronts = [rule.pattern_text for rule in as_stored.disk.rules if rule.parts]
+    fronts: Sequence[str] = [rule.pattern_text for rule in as_stored.disk.rules if rule.parts]
     fronts = keys if _Wanted(as_stored, keys).is_spelled_alike else fronts
 
     def known(spelled: Mapping[str, str]) -> Collection[str]:
         is_stored = all(name == stored for name, stored in spelled.items())
         asked = {name: shapes[stored] for name, stored in spelled.items()}
-        wanted = _Wanted(as_stored if is_stored else names_of(module, asked), keys)
+        wanted = _Wanted(as_stored if is_stored else names_of(asked), keys)
         return {name for name in spelled if wanted(name)}
 
     spelling = solve(tuple(shapes), known, fronts)
     if spelling == AS_STORED:
         return as_stored, spelling
     stored_as = {spelling.spell(name): name for name in shapes}
-    names = names_of(module, {name: shapes[stored] for name, stored in stored_as.items()})
+    names = names_of({name: shapes[stored] for name, stored in stored_as.items()})
     return names.with_sources(stored_as), spelling
 
 
