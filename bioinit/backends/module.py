@@ -11,8 +11,7 @@ real.
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.parameter import UninitializedParameter
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from bioinit.backends._registration import (
+    changing,
+    constructed,
+    registering,
+    registration_order,
+    to_meta,
+)
 from bioinit.backends.protocol import Backend, Make, Watch
-from bioinit.errors import ConfigError
-
-Register = Callable[[nn.Parameter], nn.Parameter]
 
 
 def build(make: Make) -> nn.Module:
@@ -36,8 +36,8 @@ def build(make: Make) -> nn.Module:
     Raises:
         ConfigError: the constructor needs the values of a parameter, or does not give a module.
     """
-    with _registering(_to_meta):
-        return _constructed(make)
+    with registering(to_meta):
+        return constructed(make)
 
 
 def initialize(
@@ -47,7 +47,7 @@ def initialize(
     new = {key for key, _ in model.named_parameters(remove_duplicate=False)} - set(loaded)
     if not new:
         return {}
-    order = _registration_order(make)
+    order = registration_order(make)
     wanted = [min(aliases & new, default="") for aliases in order]
     made: dict[str, nn.Parameter] = {}
     position = iter(range(len(order)))
@@ -55,21 +55,21 @@ def initialize(
     def choose(parameter: nn.Parameter) -> nn.Parameter:
         index = next(position, None)
         if index is None:
-            raise _changing("it registers more parameters the second time")
+            raise changing("it registers more parameters the second time")
         key = wanted[index]
         if key:
             made[key] = parameter
             watch.stands_for(parameter, key)
         upcoming = next(filter(None, wanted[index + 1 :]), "")
         watch.entering(upcoming.rpartition(".")[0])
-        return parameter if key else _to_meta(parameter)
+        return parameter if key else to_meta(parameter)
 
     watch.entering(next(filter(None, wanted), "").rpartition(".")[0])
-    with _registering(choose), _nan_where_nothing_is_written():
-        again = _constructed(make)
+    with registering(choose), _nan_where_nothing_is_written():
+        again = constructed(make)
     shapes = {key: p.shape for key, p in model.named_parameters(remove_duplicate=False)}
     if shapes != {key: p.shape for key, p in again.named_parameters(remove_duplicate=False)}:
-        raise _changing("it gives other parameters the second time")
+        raise changing("it gives other parameters the second time")
     # What the constructor leaves unwritten is not a value: load reports it by its name.
     return {key: p.detach() for key, p in made.items() if not bool(p.detach().isnan().any())}
 
@@ -118,53 +118,6 @@ def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _registration_order(make: Make) -> list[set[str]]:
-    """The keys of every parameter in the order of registration; none if it was dropped again."""
-    registered: list[nn.Parameter] = []
-
-    def note(parameter: nn.Parameter) -> nn.Parameter:
-        registered.append(_to_meta(parameter))
-        return registered[-1]
-
-    with _registering(note):
-        model = _constructed(make)
-    aliases: dict[int, set[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), set()).add(key)
-    return [aliases.get(id(parameter), set()) for parameter in registered]
-
-
-def _constructed(make: Make) -> nn.Module:
-    try:
-        model = make()
-    except RuntimeError as error:
-        if "meta" not in str(error):
-            raise
-        raise ConfigError(
-            f"the constructor uses the values of a parameter ({error}), and bioinit constructs a "
-            "module before its parameters have any. Compute what you need from the config, or in "
-            "a buffer."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"configure_model() gave a {type(model).__name__}, not an nn.Module.")
-    return model
-
-
-def _changing(how: str) -> ConfigError:
-    return ConfigError(
-        f"the constructor of this module is not repeatable: {how}. "
-        "Make configure_model() depend on the config alone."
-    )
-
-
-def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.is_meta:
-        return parameter
-    moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    vars(moved).update(vars(parameter))
-    return moved
-
-
 @contextmanager
 def _nan_where_nothing_is_written() -> Iterator[None]:
     """Memory that ``torch.empty`` gives is NaN instead of whatever lay there."""
@@ -177,28 +130,6 @@ def _nan_where_nothing_is_written() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(was[0])
         filling.fill_uninitialized_memory = was[1]
-
-
-@contextmanager
-def _registering(replace: Register) -> Iterator[None]:
-    """Replace every parameter that this thread registers; one object stays one object."""
-    thread = threading.get_ident()
-    replaced, done = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-
-    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        lazy = isinstance(parameter, UninitializedParameter)
-        if threading.get_ident() != thread or parameter is None or lazy or parameter in done:
-            return None
-        if parameter not in replaced:
-            replaced[parameter] = replace(parameter)
-            done[replaced[parameter]] = True
-        return replaced[parameter]
-
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 BACKEND = Backend(

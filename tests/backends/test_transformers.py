@@ -207,7 +207,7 @@ def test_without_transformers_the_error_says_how_to_install_it(monkeypatch):
 
 
 def test_backends_are_found_by_their_file():
-    assert backends.names() == ("module", "transformers")
+    assert backends.names() == ("megatron", "module", "transformers")
     assert backends.load("transformers") is backend.BACKEND
     with pytest.raises(ConfigError, match="Closest: 'transformers'"):
         backends.load("transformer")

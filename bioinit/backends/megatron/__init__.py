@@ -1,0 +1,135 @@
+"""Models of megatron-core: constructed on meta, initialized by constructing them over live memory.
+
+Megatron's modules write their first values in the constructor and nowhere else. So the constructor
+runs a second time, and every parameter that it registers is given the memory of the live one in its
+place: what it writes arrives, and what ``load`` protects stays. Megatron draws a weight in a tensor
+of its own first, of which each process keeps a part; it is drawn under the name of the parameter
+that was registered last, and gets no memory where that stays as it is.
+
+Importing this package imports no megatron-core; using it does. Families call :func:`gpt` and
+:func:`bert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bioinit.backends._registration import (
+    changing,
+    constructed,
+    registering,
+    registration_order,
+    to_meta,
+)
+from bioinit.backends.megatron.models import activation, bert, gpt, transformer_config
+from bioinit.backends.megatron.world import imported, require_world
+from bioinit.backends.protocol import Backend, Make, Watch
+from bioinit.errors import ConfigError
+
+__all__ = ["BACKEND", "activation", "bert", "gpt", "imported", "transformer_config"]
+
+
+def build(make: Make) -> nn.Module:
+    """The model that ``make`` constructs, with every parameter and buffer on meta.
+
+    Raises:
+        ConfigError: megatron-core is missing, or the model would be divided among processes.
+    """
+    imported()
+    require_world()
+    with torch.device("meta"), registering(to_meta):
+        return constructed(make)
+
+
+def initialize(
+    model: nn.Module, make: Make, loaded: Collection[str], watch: Watch
+) -> Mapping[str, torch.Tensor]:
+    """Construct the model over its own memory; the buffers that are not in ``loaded`` are given."""
+    require_world()
+    known = set(loaded)
+    live = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {key for key, _ in model.named_buffers(remove_duplicate=False)} - known
+    if not buffers and set(live) <= known:
+        return {}
+    with torch.device("meta"):
+        order = registration_order(make)
+    sparing = _Sparing()
+    position = iter(range(len(order)))
+
+    def replace(parameter: nn.Parameter) -> nn.Parameter:
+        index = next(position, None)
+        if index is None:
+            raise changing("it registers more parameters the second time")
+        key = min(order[index], default="")
+        sparing.stays = order[index] <= known
+        watch.entering(key)
+        if not key:
+            return to_meta(parameter)
+        if live[key].shape != parameter.shape:
+            raise changing("it gives other parameters the second time")
+        # Not the live object: Megatron marks what it constructs, and refuses to do so twice.
+        return nn.Parameter(live[key].detach(), requires_grad=parameter.requires_grad)
+
+    with registering(replace), sparing:
+        again = constructed(make)
+    return {key: tensor for key, tensor in again.named_buffers() if key in buffers}
+
+
+class _Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives no memory to what a constructor makes for a parameter whose value stays."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stays = True
+        """Whether that is so of the parameter that was registered last."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.stays and func is torch.ops.aten.empty.memory_format:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+
+def describe_init(model: nn.Module, key: str) -> str | None:
+    """For example ``the constructor of GPTModel (ColumnParallelLinear)``."""
+    owner = model.get_submodule(key.rpartition(".")[0])
+    return f"the constructor of {type(model).__name__} ({type(owner).__name__})"
+
+
+def float32_keys(model: nn.Module, dtype: torch.dtype) -> frozenset[str]:
+    """Megatron has its routers' weights in the dtype of the rest, and says so for none other."""
+    return frozenset()
+
+
+def remember(model: nn.Module, stored: Collection[str]) -> None:
+    """Names are those of the dialect that is written."""
+
+
+def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
+    """A model of Megatron is no ``transformers`` model, so there are no files of its own to write.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"{type(model).__name__} is built by megatron-core and is not written in the hf dialect. "
+        "Set output.dialect=nemo2."
+    )
+
+
+BACKEND = Backend(
+    build=build,
+    initialize=initialize,
+    describe_init=describe_init,
+    float32_keys=float32_keys,
+    remember=remember,
+    save=save,
+)
