@@ -65,7 +65,13 @@ def dialect_of(context: Context | None, stored: Collection[str]) -> str | None:
     name = find(context, stored)
     if name is not None:
         return dialect_in(load(name), context, stored)
-    return None if context is None or context.dialect == "bioinit" else context.dialect
+    if context is not None:
+        return None if context.dialect == "bioinit" else context.dialect
+    keys = tuple(stored)
+    # Families that share their names leave open which it is, and still agree about the spelling.
+    agreed = {family.dialect_of(keys) for key, family in SIBLINGS.usable() if key != _ANYTHING}
+    agreed.discard(None)
+    return agreed.pop() if len(agreed) == 1 else None
 
 
 def dialect_in(family: Family, context: Context | None, stored: Collection[str]) -> str:
