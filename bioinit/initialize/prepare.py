@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,11 @@ from bioinit.backends.protocol import MOST_LABELS, Backend, Make
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
-from bioinit.families.protocol import Family, ReadFields
+from bioinit.families.protocol import Family
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
 from bioinit.initialize.layers import Layers
+from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
@@ -31,7 +32,7 @@ from bioinit.merge import merge
 from bioinit.plan import SKIP_LIST, LoadPlan
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
-from bioinit.record import build, make_record
+from bioinit.record import build, make_record, set_in
 from bioinit.storage import File
 from bioinit.targets import describe
 from bioinit.version import __version__
@@ -111,7 +112,7 @@ def prepare_module(
         spelled=spelling.spell,
         skip_prefixes=skip_prefixes,
         dtype="module",
-        notes=_notes(checkpoint, spelling),
+        notes=notes_on(checkpoint, spelling),
     )
     planned = _finished(planned, init, checkpoint, None, started)
     words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
@@ -152,7 +153,11 @@ def _decide(
         model = make_record(family.config_for(context), model or {}, run.origins, at="model")
     shapes = {} if checkpoint is None else {n: t.shape for n, t in checkpoint.tensors.items()}
     saved = None if context is None else family.read_fields(context, shapes)
-    described = None if context is None else described_by(family, context, {}, shapes)
+    described = None
+    if context is not None and saved is not None:
+        # What the saved config leaves open is as this run says.
+        left = {name: v for name, v in set_in(model).items() if name not in saved.fields}
+        described = described_by(family, context, left, shapes)
     layers = None if run.init.layers is None else Layers(run.init.layers, saved)
     if layers is not None and saved is not None:
         saved = layers.counted(saved)
@@ -170,11 +175,11 @@ def _decide(
     names, spelling = names_of_family(family, config, described, module, targets, checkpoint)
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
-    notes = _notes(checkpoint, spelling, saved, merged.missing)
+    notes = notes_on(checkpoint, spelling, saved, merged.missing)
     if layers is not None:
-        stored, said = layers.of(stored, names, spelling, module)
+        stored, about_layers = layers.of(stored, names, spelling, module)
         names = layers.renumbered(names, module)
-        notes.append(said)
+        notes.append(about_layers)
     planned = plan_load(
         model_side(module, targets, backend, run.placement.dtype),
         stored,
@@ -277,7 +282,7 @@ def _finished(
         problems=(*planned.problems, *_idle_patterns(init, planned)),
         files=() if checkpoint is None else tuple(str(file.path) for file in checkpoint.files),
         header=functools.cache(
-            lambda: {"bioinit": __version__, "checkpoint": _described(checkpoint, family)}
+            lambda: {"bioinit": __version__, "checkpoint": about(checkpoint, family)}
         ),
         seconds=round(time.perf_counter() - started, 6),
     )
@@ -295,83 +300,3 @@ def _idle_patterns(init: InitPolicy, planned: LoadPlan) -> Iterator[Problem]:
                     f"{suggestion(text, planned.targets)}".strip(),
                     "A pattern matches whole keys: * is one segment, ** one or more.",
                 )
-
-
-def _described(checkpoint: Checkpoint | None, family: str | None) -> dict[str, Any] | None:
-    if checkpoint is None:
-        return None
-    return {
-        "path": str(checkpoint.path),
-        "format": checkpoint.format,
-        "dialect": checkpoint.dialect,
-        "family": family or families.find(checkpoint.context, checkpoint.tensors),
-        "tensors": len(checkpoint.tensors),
-        "bytes": checkpoint.bytes,
-        "digest": checkpoint.digest,
-    }
-
-
-def _notes(
-    checkpoint: Checkpoint | None,
-    spelling: Spelling,
-    saved: ReadFields | None = None,
-    missing: Sequence[str] = (),
-) -> list[str]:
-    notes = [spelling.note] if spelling.note else []
-    if missing:
-        notes.append(f"fields that the saved config lacks: {', '.join(missing)}")
-    unknown = [] if saved is None else [f.name for f in saved.account if f.fate == "unknown"]
-    if unknown:
-        notes.append(f"fields of the saved config that nobody knows: {', '.join(unknown)}")
-    refused = _left_out(checkpoint, "refused")
-    if refused:
-        notes.append(f"entries left out, since reading them would run code: {refused}")
-    notes.extend([] if checkpoint is None else _of_the_readers(checkpoint))
-    ignored = _left_out(checkpoint, "ignored")
-    if ignored:
-        notes.append(f"files left out: {ignored}")
-    return notes
-
-
-def _of_the_readers(checkpoint: Checkpoint) -> Iterator[str]:
-    """What is not simply a copy of what is stored, and what nobody can be sure of."""
-    yield from _made(checkpoint)
-    missing = checkpoint.metadata.get("missing_chunks")
-    if missing:
-        yield (
-            f"{sum(missing.values())} chunks are not stored and have the fill value, in "
-            f"{_shown(missing)}"
-        )
-    deduced = checkpoint.metadata.get("divided_by_shape")
-    if deduced:
-        yield f"how ranks divided these follows from their shapes alone: {_shown(deduced)}"
-    if checkpoint.metadata.get("doubt"):
-        yield str(checkpoint.metadata["doubt"])
-
-
-def _shown(names: Iterable[str], most: int = 5) -> str:
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
-
-
-def _made(checkpoint: Checkpoint) -> Iterator[str]:
-    """What is not copied as it lies: how many stored tensors, and what is done for them."""
-    ways = [file.how for file in checkpoint.files]
-    if not any(ways):
-        return
-    counts: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.kind == "weight":
-            for way in {way for piece in tensor.pieces if (way := ways[piece.file])}:
-                counts[way] = counts.get(way, 0) + 1
-    for way, count in counts.items():
-        yield f"made while they are read ({way}): {count} stored tensor{'s' * (count != 1)}"
-
-
-def _left_out(checkpoint: Checkpoint | None, what: str) -> str:
-    """Names and reasons that the readers noted under ``what``; one file or several said so."""
-    said = None if checkpoint is None else checkpoint.metadata.get(what)
-    parts = said if isinstance(said, tuple) else (said,)
-    found = {n: why for part in parts if isinstance(part, Mapping) for n, why in part.items()}
-    return ", ".join(f"{name} ({why})" for name, why in found.items())
