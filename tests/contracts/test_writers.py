@@ -5,6 +5,11 @@ names are ``spelled(key)`` where the format does not take any, and which dtypes 
 """
 
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +55,7 @@ def odd_state(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_formats_that_models_are_written_in_are_known():
-    assert {"safetensors"} <= set(WRITERS)
+    assert {"neox", "safetensors", "torch_dist"} <= set(WRITERS)
 
 
 @each_writer
@@ -76,12 +81,56 @@ def test_no_element_is_asked_for_twice_and_never_much_of_it_at_once(name, tmp_pa
 
 @each_writer
 def test_what_stands_there_when_it_fails_is_no_checkpoint_and_no_thread_is_left(name, tmp_path):
-    import threading
-
     source = Source(odd_state(name), breaks_at=3)
     with pytest.raises(Killed, match="killed half-way"):
         write(name, tmp_path / "out", source)
     assert not [t for t in threading.enumerate() if t.name.startswith("bioinit")]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from pathlib import Path
+from tests.writing import Source, write
+
+name, folder, state = sys.argv[1], Path(sys.argv[2]), torch.load(sys.argv[3])
+asked = 0
+
+class Dying(Source):
+    @property
+    def outgoing(self):
+        return [self.dying(outgoing) for outgoing in super().outgoing]
+
+    def dying(self, outgoing):
+        def fill(first, memory):
+            global asked
+            asked += 1
+            if asked == int(sys.argv[4]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            outgoing.fill(first, memory)
+
+        return outgoing._replace(fill=fill)
+
+write(name, folder, Dying(state), max_shard_bytes=4000)
+"""
+
+
+@each_writer
+def test_a_process_that_is_killed_is_gone_on_with(name, tmp_path):
+    module = module_for(name)
+    spelled = getattr(module, "spelled", str)
+    state = {spelled(f"layers.{n}.weight"): values((25, 40), torch.float32, n) for n in range(9)}
+    torch.save(state, tmp_path / "state.pt")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, name, tmp_path / "out", tmp_path / "state.pt", "6"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    source = write(name, tmp_path / "out", state, max_shard_bytes=4000)
+    assert len(source.requests) <= len(state)
+    assert_same(read(tmp_path / "out")[1], state)
 
 
 def nbytes(tensor: torch.Tensor) -> int:

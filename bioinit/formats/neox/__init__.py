@@ -22,6 +22,7 @@ from bioinit.formats._partitions import (
     size,
     style,
 )
+from bioinit.formats.neox.layers import write
 from bioinit.formats.protocol import Contents, Format, Open, StoredTensor
 from bioinit.storage import Folder
 
@@ -144,4 +145,6 @@ def _engine(folder: Folder, open_inner: Open) -> tuple[dict[str, Any], dict[str,
     return next((values for _, values in said if values), {}), ignored
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, marks="layer_*-model_*-model_states.pt")
+FORMAT = Format(
+    recognizes=_recognizes, open=_open, marks="layer_*-model_*-model_states.pt", write=write
+)
