@@ -476,6 +476,22 @@ def test_processes_that_nobody_has_told_megatron_of_are_refused(monkeypatch):
         megatron.BACKEND.build(gpt())
 
 
+def test_a_process_that_has_not_met_its_peers_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=8"):
+        megatron.BACKEND.build(gpt())
+
+
+def test_rotary_positions_are_computed_where_the_hidden_states_are():
+    model = megatron.BACKEND.build(gpt())
+    rotary = model.rotary_pos_emb
+    assert rotary(5).device.type == "cpu"
+    hidden = torch.empty(5, 1, HIDDEN, device="meta")
+    length = rotary.get_rotary_seq_len(None, model.decoder, hidden, model.config, None)
+    assert rotary(length).device.type == "meta"
+
+
 def test_the_environment_is_as_it_was():
     megatron.BACKEND.build(gpt())
     assert "GLOO_SOCKET_IFNAME" not in os.environ

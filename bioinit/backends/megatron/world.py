@@ -54,6 +54,13 @@ def require_world() -> None:
             "Install a torch that has it, or leave model.backend out."
         )
     if not torch.distributed.is_initialized():
+        launched = os.environ.get("WORLD_SIZE", "1")
+        if launched != "1":
+            raise ConfigError(
+                f"this process is one of WORLD_SIZE={launched}, and they have not met yet: what is "
+                "built now could not join them. Call torch.distributed.init_process_group() and "
+                "megatron.core.parallel_state.initialize_model_parallel() first."
+            )
         with _on_loopback():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
