@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bioinit import formats
-from bioinit.contexts import _subpath
+from bioinit.contexts import _one_file, _subpath
+from bioinit.contexts._sidecar import Sidecar, read_sidecar
 from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import (
@@ -28,7 +29,7 @@ from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
 
-__all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint"]
+__all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint", "read_file"]
 
 SIBLINGS = Siblings(
     __name__, __path__, "CONTEXT", ContextKind, "kind of saved config", apart=("checkpoint",)
@@ -61,7 +62,35 @@ def find(homes: Sequence[Folder]) -> Context | None:
     carried: dict[str, File] = {}
     for context in found:
         carried = {**context.carried, **carried}
-    return replace(found[0], beside=tuple(found[1:]), carried=carried)
+    sidecar = next(filter(None, map(read_sidecar, homes)), Sidecar())
+    return replace(
+        found[0],
+        beside=tuple(found[1:]),
+        carried={**sidecar.files, **carried},
+        sidecar=sidecar.carried,
+    )
+
+
+def read_file(path: str | Path) -> Context:
+    """The saved config in one file of any kind, or in a folder, with nothing of a checkpoint's.
+
+    Args:
+        path: ``config.json``, ``io.json``, ``model_config.yaml``, a YAML of GPT-NeoX, a file with
+            Megatron's arguments, ...; the folder in which it lies serves as well.
+
+    Raises:
+        StorageError: there is nothing.
+        UnknownFormat: no kind of saved config is recognized in it.
+    """
+    folder = _local(path)
+    kinds = [kind for _, kind in SIBLINGS.usable()]
+    found = _one_file.read(folder, kinds) if folder.is_file else find((folder,))
+    if found is None:
+        raise UnknownFormat(
+            f"{folder.path} is no saved config of a known kind: {', '.join(names())}. Give the "
+            "file that the model's own software reads."
+        )
+    return found
 
 
 def open_checkpoint(path: str | Path, whose: Whose | None = None) -> Checkpoint:

@@ -37,6 +37,8 @@ class Context:
     config."""
     beside: tuple[Context, ...] = ()
     """Other saved configs of the same checkpoint, which were not preferred."""
+    sidecar: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By dialect, fields of its saved config that an earlier conversion carried along."""
 
 
 @dataclass(frozen=True)

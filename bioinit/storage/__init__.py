@@ -11,7 +11,7 @@ from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled
 from bioinit.storage.workers import worker_count
-from bioinit.storage.write import atomic_folder, require_free
+from bioinit.storage.write import atomic_folder, require_free, resumable_folder
 
 __all__ = [
     "File",
@@ -22,5 +22,6 @@ __all__ = [
     "disk_error",
     "filled",
     "require_free",
+    "resumable_folder",
     "worker_count",
 ]

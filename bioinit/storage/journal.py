@@ -81,3 +81,13 @@ class Journal:
         self._notes = {line["key"]: line["value"] for line in lines[1:]}
         if len(whole) != len(data):
             os.truncate(self._path, len(whole))
+
+
+def is_journal_of(folder: Path, work: str) -> bool:
+    """Whether ``folder`` holds a journal that was begun for ``work``."""
+    try:
+        with open(folder / _NAME, "rb") as file:
+            line = file.readline()
+        return line.endswith(b"\n") and json.loads(line) == {"work": work}
+    except (OSError, ValueError):
+        return False

@@ -23,9 +23,11 @@ from pathlib import Path
 from bioinit.errors import BioinitError, StorageError
 from bioinit.storage.exchange import exchange
 from bioinit.storage.file import disk_error
+from bioinit.storage.journal import Journal, is_journal_of
 
 LONGEST_NAME = 255  # bytes in one part of a path, NAME_MAX of Linux
 _NAMES_SHOWN = 3
+_RESUMABLE = "converting"
 
 # How the libraries that write weights report what the system told them: safetensors and torch.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -58,22 +60,80 @@ def atomic_folder(
         require_free(final, overwrite=overwrite, keep=kept)
         partial = _hidden(final, "partial")
         try:
-            try:
+            with _explained(final):
                 partial.mkdir()
                 yield partial
                 _flush(partial)
                 _move_into_place(partial, final, overwrite)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except BioinitError:
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(
+    path: str | Path, work: str, *, overwrite: bool = False, keep: Iterable[Path] = ()
+) -> Iterator[tuple[Path, Journal]]:
+    """As :func:`atomic_folder`, for work that a killed process may have begun.
+
+    The hidden folder has one name, so the next process finds it; its journal says what of it is
+    whole. After an error it is removed. What was interrupted stays, for who asks for the same
+    again.
+
+    Args:
+        path: as above.
+        work: a digest of everything that decides what is written.
+        overwrite: as above.
+        keep: as above.
+
+    Raises:
+        StorageError: as above.
+    """
+    kept = tuple(keep)
+    final = require_free(path, overwrite=overwrite, keep=kept)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, f"make the folder {final.parent}") from error
+    with _lock(final):
+        _recover(final)
+        require_free(final, overwrite=overwrite, keep=kept)
+        partial = final.parent / f".{final.name}.{_RESUMABLE}"
+        try:
+            with _explained(final), _begun(partial, work) as journal:
+                yield partial, journal
+                os.unlink(partial / Journal.NAME)
+                _flush(partial)
+                _move_into_place(partial, final, overwrite)
+                shutil.rmtree(partial, ignore_errors=True)  # what stood there, if it was exchanged
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        except OSError as error:
-            raise _said_of(error, final) from error
-        except Exception as error:
-            cause = _system_error(error)
-            if cause is None:
-                raise
-            raise _said_of(cause, final) from error
+
+
+@contextmanager
+def _begun(partial: Path, work: str) -> Iterator[Journal]:
+    """The journal of the folder ``partial``, in which nothing of other work is left."""
+    if os.path.lexists(partial) and not is_journal_of(partial, work):
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    with Journal(partial, work) as journal:
+        yield journal
+
+
+@contextmanager
+def _explained(final: Path) -> Iterator[None]:
+    """Errors of the system, and those that libraries make of them, as a StorageError."""
+    try:
+        yield
+    except BioinitError:
+        raise
+    except OSError as error:
+        raise _said_of(error, final) from error
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise _said_of(cause, final) from error
 
 
 def _said_of(error: OSError, final: Path) -> StorageError:
