@@ -11,7 +11,7 @@ import collections.abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -36,11 +36,27 @@ class Placed(NamedTuple):
     add: float = 0.0
 
 
-class Mapping:
-    """Rules of one dialect, in order. ``Mapping.identity()`` leaves every key as it is."""
+class Converting(Protocol):
+    """A line of a mapping that is a function and no view; the room ``transforms`` holds them."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = tuple(rules)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Patterns of the dialect's keys that it takes."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Patterns of the canonical keys that it makes."""
+
+
+class Mapping:
+    """Rules of one dialect, in order. ``Mapping.identity()`` leaves every key as it is.
+
+    Transforms may stand among the rules; they take their keys before any rule does.
+    """
+
+    def __init__(self, rules: Sequence[Rule | Converting]) -> None:
+        self.rules = tuple(line for line in rules if isinstance(line, Rule))
+        self.transforms = tuple(line for line in rules if not isinstance(line, Rule))
         # Patterns that name a number tell keys of one template apart, so those are not remembered.
         self._numbered = [
             Pattern(loosened(r.pattern_text)) for r in self.rules if numbers(r.pattern_text)
@@ -120,6 +136,10 @@ class Mapping:
             key = rule.spell(captures)
             held.setdefault(key, {}).setdefault(part, []).append((tuple(map(int, drawn)), shape))
         return {key: _shape_before(key, parts) for key, parts in held.items()}
+
+    def spells(self, canonical: str) -> bool:
+        """Whether this dialect has a word for the canonical tensor."""
+        return self._writer(canonical) is not None
 
     def _writer(self, name: str) -> tuple[Rule, Part] | None:
         for rule in self.rules:

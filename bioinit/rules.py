@@ -256,7 +256,8 @@ class Rule:
     """One line of a mapping: a pattern of dialect keys and the parts that lie inside.
 
     ``text`` is what a report prints for it. A rule without parts says that a tensor is known and
-    not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero.
+    not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero. With
+    ``zero``, all of it is for a checkpoint of a world that has no such tensor.
     ``shift`` is added to the number that the first wildcard of the key catches, where a dialect
     counts its layers from another number on.
 
@@ -268,6 +269,7 @@ class Rule:
     parts: tuple[Part, ...]
     note: str = ""
     fill: bool = False
+    zero: bool = False
     shift: int = 0
 
     def __post_init__(self) -> None:

@@ -59,11 +59,12 @@ class Canonical(NamedTuple):
     """One tensor of a family's canonical space.
 
     ``kind`` says what a checkpoint without it is worth: ``needed``, it is no model; ``optional``, a
-    model without that part (a pooler); ``computed``, nothing, since every world computes it.
+    model without that part (a pooler); ``computed``, nothing, since every world computes it;
+    ``zero``, a world that has no such tensor means zeros, and only zeros can be left out for it.
     """
 
     shape: Dims
-    kind: Literal["needed", "optional", "computed"] = "needed"
+    kind: Literal["needed", "optional", "computed", "zero"] = "needed"
 
 
 class Written(NamedTuple):
@@ -204,3 +205,9 @@ class Family:
 
     tensors: Callable[[TrainableModelConfig], Mapping[str, Canonical]] | None = None
     """Every tensor of the canonical space, for a config; None if there are no dialects."""
+
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Why there is no dialect of a name that others have: the reason for which it is refused."""
+
+    body: Callable[[TrainableModelConfig], str] = lambda config: ""
+    """What stands before names of the body in the hf dialect, for a config."""

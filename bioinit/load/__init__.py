@@ -185,7 +185,7 @@ class _Load:
             if planned.conversion is not None:
                 known = converted.setdefault(id(planned.conversion), (planned.conversion, []))
                 known[1].append(key)
-            elif planned.copies:
+            elif planned.copies or planned.padded:
                 self._touched.append(key)
                 tensor = self.live[key].detach()
                 if planned.padded:

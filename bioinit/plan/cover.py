@@ -54,7 +54,13 @@ class Cover(NamedTuple):
     def fills(self, target: Target) -> bool:
         """Whether every element of ``target`` gets a value, and shapes agree."""
         done = self.covered + self.padding
-        return bool(self.names) and self.mismatch is None and done == numel(target.shape)
+        found = bool(self.names) or self.is_zero
+        return found and self.mismatch is None and done == numel(target.shape)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all of the target is zero, since the checkpoint's world has no such tensor."""
+        return bool(self.padding) and not self.names and not self.covered
 
 
 _NO_OTHERS: Mapping[str, tuple[Copy, ...]] = {}
@@ -156,6 +162,8 @@ class Sources:
             return Cover((), (), 0, {}, Mismatch((), target.shape, str(error)))
         if not placed:
             return None
+        if self._is_zero(key, [canonical for canonical, _, _ in placed]):
+            return Cover((), (), 0, _NO_OTHERS, padding=numel(target.shape))
         padding = numel(target.shape) - sum(numel(box.sizes) for _, box, _ in placed)
         if padding:
             rule = self.memory.rule_for(key)
@@ -207,6 +215,10 @@ class Sources:
             skipped,
             padding,
         )
+
+    def _is_zero(self, key: str, canonical: Iterable[str]) -> bool:
+        rule = self.memory.rule_for(key)
+        return rule is not None and rule.zero and not any(map(self.disk.spells, canonical))
 
     def _overlap(self, source: Box, target: Box) -> Overlap | None:
         """What two boxes share. The experts of a layer differ in where they start alone."""

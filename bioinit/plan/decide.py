@@ -74,6 +74,8 @@ class Decisions:
         self, target: Target, covers: Sequence[Cover], note: str = "", needs_init: bool = False
     ) -> TargetPlan:
         cover = covers[0]
+        if cover.is_zero:
+            return self._zero(target)
         copies = cover.copies
         stored = (
             (copies[0].dtype,)
@@ -102,6 +104,11 @@ class Decisions:
         )
         equal = () if len(covers) == 1 and not cover.others else _further_copies(covers)
         return TargetPlan(claim, final, copies, equal, None, needs_init, bool(cover.padding))
+
+    def _zero(self, target: Target) -> TargetPlan:
+        final = self._final_dtype(target, (self._common or target.dtype,))
+        rule = "zero: the checkpoint's world has no such tensor"
+        return TargetPlan(claim_of(target, "loaded", rule, final), final, padded=True)
 
     def _rule_text(self, key: str, name: str) -> str:
         """What happens between the stored name and the live key; ``copy`` if nothing does."""

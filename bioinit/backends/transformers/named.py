@@ -18,7 +18,7 @@ from bioinit.errors import ConfigError
 from bioinit.keys import Pattern
 from bioinit.layout import Dims, numel
 from bioinit.record import SavedField
-from bioinit.rules import Part, Rule, Unflatten, rename
+from bioinit.rules import Part, Rule, Unflatten
 
 EXTRA = "extra"
 """The field of ours that carries what only transformers reads."""
@@ -206,6 +206,7 @@ class Line(NamedTuple):
 
     ``heads`` factors the first dim, so that a fused or sharded layout can name a head: ``query`` by
     group and head, ``key`` (and value) by group. ``aliases`` are other spellings that names have.
+    A world without the tensor means zeros where ``zero`` is set.
     """
 
     hf: str
@@ -213,6 +214,7 @@ class Line(NamedTuple):
     is_body: bool = True
     heads: Literal["", "query", "key"] = ""
     aliases: tuple[str, ...] = ()
+    zero: bool = False
 
 
 def norm(hf: str, canonical: str, *, is_body: bool = True) -> tuple[Line, Line]:
@@ -252,7 +254,7 @@ def rules(
     for line, spelling in spellings:
         key = (body if line.is_body else "") + spelling
         if not line.heads:
-            yield rename(key, line.canonical)
+            yield Rule(key, (Part(line.canonical),), zero=line.zero)
             continue
         outer = (heads.groups, heads.per_group if line.heads == "query" else 1)
         pattern = Pattern(key)
