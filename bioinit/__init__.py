@@ -44,10 +44,13 @@ if TYPE_CHECKING:
     from bioinit.families import open_checkpoint
     from bioinit.initialize import Initialized, initialize, load_weights, plan
     from bioinit.integrations import partial
+    from bioinit.mapping import Mapping, Names
     from bioinit.plan import LoadPlan
     from bioinit.recipe import compose
     from bioinit.record import save_context
     from bioinit.report import LoadReport
+    from bioinit.rules import Part, Rule, rename
+    from bioinit.transforms import transform
 
 __all__ = [
     "AmbiguousFormat",
@@ -60,11 +63,15 @@ __all__ = [
     "Initialized",
     "LoadPlan",
     "LoadReport",
+    "Mapping",
     "MappingError",
+    "Names",
     "Output",
+    "Part",
     "Placement",
     "PlanError",
     "RefusedCheckpoint",
+    "Rule",
     "Run",
     "StorageError",
     "TrainableModelConfig",
@@ -80,7 +87,9 @@ __all__ = [
     "own",
     "partial",
     "plan",
+    "rename",
     "save_context",
+    "transform",
 ]
 
 _HOME = {
@@ -93,10 +102,13 @@ _HOME = {
         "families": "open_checkpoint",
         "initialize": "Initialized initialize load_weights plan",
         "integrations": "partial",
+        "mapping": "Mapping Names",
         "plan": "LoadPlan",
         "recipe": "compose",
         "record": "save_context",
         "report": "LoadReport",
+        "rules": "Part Rule rename",
+        "transforms": "transform",
     }.items()
     for name in names.split()
 }

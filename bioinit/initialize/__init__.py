@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from bioinit import collector
 from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.families import open_checkpoint
+from bioinit.initialize.given import Given
 from bioinit.initialize.prepare import Prepared, prepare, prepare_module
 from bioinit.load import execute
-from bioinit.mapping import Mapping as NameMapping
 from bioinit.plan import LoadPlan
 from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
@@ -119,7 +119,7 @@ def load_weights(
     path: str | Path,
     *,
     skip_prefixes: Iterable[str] = (),
-    mapping: Mapping[str, str] | NameMapping | None = None,
+    mapping: Given | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
     **policy: Any,
@@ -135,7 +135,8 @@ def load_weights(
         path: a checkpoint's folder or file.
         skip_prefixes: keys that begin with one of these whole dotted prefixes are left alone.
         mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``; a name
-            that matches none of them stays as it is.
+            that matches none of them stays as it is. Or a :class:`bioinit.Mapping` of rules and
+            transforms, or a YAML file of rules.
         device: where what is on meta will live; the CPU if None.
         progress: is told the bytes read so far and the bytes to read.
         **policy: fields of :class:`bioinit.InitPolicy`: ``on_missing="init"``, ``seed=1``, ...

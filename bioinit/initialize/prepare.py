@@ -22,12 +22,12 @@ from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
+from bioinit.initialize.given import Given
 from bioinit.initialize.layers import Layers
 from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
-from bioinit.mapping import Mapping as NameMapping
 from bioinit.merge import merge
 from bioinit.plan import SKIP_LIST, LoadPlan
 from bioinit.plan import plan as plan_load
@@ -91,7 +91,7 @@ def prepare_module(
     checkpoint: Checkpoint,
     init: InitPolicy,
     skip_prefixes: tuple[str, ...],
-    mapping: Mapping[str, str] | NameMapping | None,
+    mapping: Given | None,
 ) -> Prepared:
     """Decide everything about loading into a module that exists already."""
     started = time.perf_counter()

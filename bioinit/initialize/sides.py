@@ -15,14 +15,15 @@ from bioinit.config import TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.families import dialect_in
 from bioinit.families.protocol import Family
+from bioinit.initialize.given import Given, names_given
 from bioinit.keys import template
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as NameMapping
 from bioinit.mapping import Names
 from bioinit.plan import Model
 from bioinit.prefixes import AS_STORED, Spelling, solve
-from bioinit.rules import rename
 from bioinit.targets import Target
+from bioinit.transforms.claims import catches, expanded
 
 NamesOf = Callable[[nn.Module, Mapping[str, Dims]], Names]
 
@@ -102,16 +103,12 @@ def names_of_module(
     targets: Mapping[str, Target],
     checkpoint: Checkpoint,
     own_names: NamesOf | None,
-    mapping: Mapping[str, str] | NameMapping | None,
+    mapping: Given | None,
 ) -> tuple[Names, Spelling]:
     """The tables for a module that somebody has already, or the ones this person gave."""
     if mapping is not None:
-        disk = (
-            mapping
-            if isinstance(mapping, NameMapping)
-            else NameMapping([*map(rename, mapping, mapping.values()), rename("**", "**")])
-        )
-        return Names(disk, NameMapping.identity()), AS_STORED
+        shapes = {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
+        return names_given(mapping, shapes, targets), AS_STORED
     identity = Names(NameMapping.identity(), NameMapping.identity())
     return _names(module, targets, checkpoint, own_names or (lambda live, shapes: identity))
 
@@ -121,7 +118,9 @@ def _names(
 ) -> tuple[Names, Spelling]:
     shapes = {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
     keys = [key for key, target in targets.items() if target.persistent]
-    return solved(lambda asked: names_of(module, asked), keys, shapes)
+    names, spelling = solved(lambda asked: names_of(module, asked), keys, shapes)
+    owners = {key: targets[key].tied_to for key in keys}
+    return expanded(names, shapes, owners, spelling.spell), spelling
 
 
 def solved(
@@ -185,6 +184,7 @@ class _Wanted:
         return (
             kind in self._keys
             or kind in self._converted
+            or catches(self._names.disk, name)
             or any(found in self._wanted for found in _canonical(self._names.disk, name))
             or _is_dropped(self._names.disk, name)
         )
