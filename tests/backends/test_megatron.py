@@ -1,5 +1,6 @@
 """Models of megatron-core: built on meta, initialized in place, equal to transformers on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -417,6 +419,38 @@ def test_a_dense_model_stores_its_norms_where_transformer_engine_fuses_them():
     keys = stored_keys(megatron.BACKEND.build(gpt()))
     assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in keys
     assert not any("pre_mlp_layernorm" in key for key in keys)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_megatron_opens_what_nemo_wrote_in_a_model_that_was_built_here(fixtures_dir):
+    from megatron.core import dist_checkpointing
+
+    hf = json.loads((fixtures_dir / "hf/llama/safetensors/config.json").read_text())
+    ours = config(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf["num_key_value_heads"],
+        kv_channels=hf["head_dim"],
+        layernorm_epsilon=hf["rms_norm_eps"],
+        vocab_size=hf["vocab_size"],
+    )
+    model = megatron.BACKEND.build(
+        lambda: megatron.gpt(ours, LLAMA, position_embedding_type="rope")
+    )
+    wanted = with_memory(model).sharded_state_dict(prefix="module.")
+    weights = fixtures_dir / "nemo2/llama_tp1/weights"
+    found = dist_checkpointing.load(wanted, str(weights))
+    model.load_state_dict({key.removeprefix("module."): found[key] for key in wanted}, strict=True)
+    io = {
+        key: torch.from_numpy(v) for key, v in numpy.load(fixtures_dir / "hf/llama/io.npz").items()
+    }
+    places = torch.arange(io["input_ids"].shape[1]).expand(io["input_ids"].shape)
+    with torch.no_grad():
+        logits = model.eval()(io["input_ids"], places, None)
+    at = io["attention_mask"].bool()
+    torch.testing.assert_close(logits[at], io["logits"][at], atol=1e-5, rtol=0)
 
 
 def test_saving_says_which_dialect_to_write(tmp_path):
