@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from bioinit.backends.transformers.named import Line, linear
+from bioinit.errors import ConfigError
 from bioinit.families._megatron import heads_of
 from bioinit.families.protocol import Canonical
 from bioinit.layout import Dims
+from bioinit.rules import Rule, dropped
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "hidden_act": "activation_func",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "rope_parameters.rope_theta": "rotary_base",
+    "rope_parameters.rope_type": "rope_type",
+    "rope_parameters.factor": "scale_factor",
+    "rope_parameters.low_freq_factor": "low_freq_factor",
+    "rope_parameters.high_freq_factor": "high_freq_factor",
+    "rope_parameters.original_max_position_embeddings": "old_context_len",
+}
+"""What ``config.json`` of a decoder calls our fields."""
 
 LAYER = "layers.*"
 TO = "decoder.layers.*"
@@ -53,6 +79,33 @@ def around() -> tuple[Line, ...]:
         *linear(f"{LAYER}.self_attn.o_proj", f"{TO}.self_attention.linear_proj"),
         *linear(f"{LAYER}.post_attention_layernorm", f"{TO}.pre_mlp_layernorm"),
     )
+
+
+def computed(config: Any) -> tuple[Rule, ...]:
+    """Rotary frequencies, which older checkpoints hold once per layer."""
+    why = "it is computed from rotary_base"
+    return tuple(
+        dropped(f"{body}{LAYER}.self_attn.rotary_emb.inv_freq", why) for body in ("", "model.")
+    )
+
+
+def divisor(vocab_size: int) -> int:
+    """The largest power of two up to 128 that divides ``vocab_size``: no row is padding then."""
+    return math.gcd(vocab_size, 128)
+
+
+def check_heads(config: Any) -> None:
+    """Raise if query groups do not divide the heads.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if heads < 1 or groups < 1 or heads % groups:
+        raise ConfigError(
+            f"num_attention_heads={heads} is no multiple of num_query_groups={groups}. Correct one "
+            "of them; num_query_groups is the number of heads when it is left out."
+        )
 
 
 def tensors(

@@ -12,7 +12,8 @@ its key, its value), ``transformer/mlp.py`` (gate before up), ``transformer/moe/
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from bioinit.backends.transformers.named import Heads
@@ -151,15 +152,21 @@ def embeddings(config: Any, shapes: Mapping[str, Dims]) -> list[Rule]:
     ]
 
 
-def spells(stack: str) -> Any:
-    """Whether stored names are Megatron-Core's, with layers in ``stack``."""
-    marks = (f"{stack}.layers.self_attention.linear_qkv.weight",)
-    pattern = Pattern(f"**.{stack}.layers.*.self_attention.linear_qkv.weight")
-    bare = Pattern(f"{stack}.layers.*.self_attention.linear_qkv.weight")
+def spells(stack: str, *, is_legacy: bool = False) -> Callable[[Collection[str]], bool]:
+    """Whether stored names are Megatron-Core's, with layers in ``stack``.
+
+    With ``is_legacy``, those of Megatron before Megatron-Core are taken for them too.
+    """
+    end = f"{stack}.layers.self_attention.linear_qkv.weight"
+    patterns = [rf"{stack}\.layers\.\d+\.self_attention\.linear_qkv\.weight"]
+    if is_legacy:
+        legacy = r"language_model\.(encoder|transformer)\.layers\.\d+"
+        patterns.append(rf"{legacy}\.(self_)?attention\.query_key_value\.weight")
+    found = re.compile(rf"(.*\.)?({'|'.join(patterns)})")
 
     def is_spelled(stored: Collection[str]) -> bool:
         return any(
-            key.endswith(marks) or pattern.match(key) is not None or bare.match(key) is not None
+            key.endswith(end) or (key.endswith(".weight") and found.fullmatch(key) is not None)
             for key in stored
         )
 
@@ -167,7 +174,7 @@ def spells(stack: str) -> Any:
 
 
 def extra_states(keys: Collection[str], num_layers: int, front: str) -> dict[str, bytes]:
-    """Empty extra states for the linear layers among ``keys``, as Megatron's loader asks for them."""
+    """Empty extra states of the linear layers among ``keys``: Megatron's loader asks for them."""
     found: dict[str, bytes] = {}
     for key in keys:
         module, _, kind = key.rpartition(".")
