@@ -249,6 +249,14 @@ def test_a_target_that_a_rule_leads_another_tensor_to_is_an_error():
         conversions(Mapping([fuse, KEEP]), stored, {"new.0.qk": "new.0.qk"})
 
 
+def test_rules_say_nothing_of_what_a_transform_takes(load):
+    taken = transform(sources="a.*", target="b.*")(lambda a: a + 1)
+    rules = [rename("a.*", "c.*"), rename("x.*", "c.*")]
+    model = Own(**{"b.0": (2,), "c.0": (2,)})
+    state, _ = load({"a.0": numbered(2), "x.0": numbered(2)}, model, Mapping([*rules, taken]))
+    assert state["b.0"].tolist() == [1, 2] and state["c.0"].tolist() == [0, 1]
+
+
 def test_a_tied_target_goes_to_the_key_that_owns_the_memory(load):
     model = Own(**{"embed.w": (2, 2), "head.w": (2, 2)})
     model.head.w = model.embed.w

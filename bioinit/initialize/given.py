@@ -27,10 +27,10 @@ def names_given(given: Given, shapes: Mapping[str, Dims], targets: Mapping[str, 
         StorageError: the file that it names cannot be read.
         MappingError: it contradicts itself, or what is stored.
     """
-    names = _tables(given)
-    require_single_claims(names.disk, shapes)
     owners = {key: target.tied_to for key, target in targets.items() if target.persistent}
-    return expanded(names, shapes, owners)
+    names = expanded(_tables(given), shapes, owners)
+    require_single_claims(names, shapes)
+    return names
 
 
 def _tables(given: Given) -> Names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from bioinit.errors import MappingError
 from bioinit.keys import suggestion
 from bioinit.layout import Box, Dims, intersect
-from bioinit.mapping import Conversion, Names, Placed
+from bioinit.mapping import Conversion, Names
 from bioinit.mapping import Mapping as Table
 from bioinit.rules import Rule
 from bioinit.transforms import Call, Transform
@@ -86,9 +86,14 @@ def conversions(table: Table, stored: Shapes, live: Mapping[str, str]) -> tuple[
             if targets is not None:
                 owned = tuple(_owned(given, live) for given in targets)
                 found.append(_conversion(transform, call, owned))
-    taken = {name for conversion in found for name in conversion.sources}
     makers = {key: claimed[owner] for key, owner in live.items() if owner in claimed}
-    _check_rules(table, stored, makers, taken)
+    taken = {name for conversion in found for name in conversion.sources}
+    for name, rule, key, _ in _places(table, stored, taken):
+        if key in makers:
+            raise MappingError(
+                f"{key!r} is claimed twice: {makers[key].text} makes it, and the rule "
+                f"{rule.text!r} leads {name!r} there. Narrow one of them, or drop the tensor."
+            )
     return tuple(found)
 
 
@@ -106,13 +111,23 @@ def transforms_of(table: Table) -> tuple[Transform, ...]:
     return tuple(line for line in table.transforms if isinstance(line, Transform))
 
 
-def require_single_claims(table: Table, stored: Shapes) -> None:
+def require_single_claims(names: Names, stored: Shapes) -> None:
     """Refuse a table in which two rules lead two stored tensors to the same place.
 
     Raises:
         MappingError: they do; the message names both.
     """
-    _check_rules(table, stored, {}, frozenset())
+    taken = {name for conversion in names.conversions for name in conversion.sources}
+    seen: dict[str, list[tuple[str, Rule, Box]]] = {}
+    for name, rule, key, box in _places(names.disk, stored, taken):
+        others = seen.setdefault(key, [])
+        for other, by, filled in others:
+            if by is not rule and intersect(filled, box) is not None:
+                raise MappingError(
+                    f"{key!r} is claimed twice: by {other!r} ({by.text}) and by {name!r} "
+                    f"({rule.text}). Narrow one of the rules, or drop one of the tensors."
+                )
+        others.append((name, rule, box))
 
 
 def way_back(table: Table, canonical: Shapes) -> tuple[dict[str, Dims], tuple[Conversion, ...]]:
@@ -159,40 +174,20 @@ def _owned(given: Given, live: Mapping[str, str]) -> Given:
     return live[given] if isinstance(given, str) else tuple(live[key] for key in given)
 
 
-def _check_rules(
-    table: Table,
-    stored: Shapes,
-    claimed: Mapping[str, Transform],
-    converted: Collection[str],
-) -> None:
-    """No rule may lead a stored tensor to what a transform, or another rule's tensor, fills."""
-    seen: dict[str, list[tuple[str, Rule, Box]]] = {}
+def _places(
+    table: Table, stored: Shapes, taken: Collection[str]
+) -> Iterator[tuple[str, Rule, str, Box]]:
+    """Where rules lead every stored tensor that is not ``taken``: name, rule, key and box."""
     for name, shape in stored.items():
-        rule = None if name in converted else table.rule_for(name)
+        rule = None if name in taken else table.rule_for(name)
         if rule is None:
             continue
-        for key, box in _places(table, name, shape):
-            if key in claimed:
-                raise MappingError(
-                    f"{key!r} is claimed twice: {claimed[key].text} makes it, and the rule "
-                    f"{rule.text!r} leads {name!r} there. Narrow one of them, or drop the tensor."
-                )
-            others = seen.setdefault(key, [])
-            for other, by, taken in others:
-                if by is not rule and intersect(taken, box) is not None:
-                    raise MappingError(
-                        f"{key!r} is claimed twice: by {other!r} ({by.text}) and by {name!r} "
-                        f"({rule.text}). Narrow one of the rules, or drop one of the tensors."
-                    )
-            others.append((name, rule, box))
-
-
-def _places(table: Table, name: str, shape: Dims) -> list[tuple[str, Box]]:
-    try:
-        placed: list[Placed] = table.place(name, (Box.contiguous(shape),)) or []
-    except MappingError:
-        return []  # the plan says which rule does not fit which tensor
-    return [(each.key, each.box) for each in placed]
+        try:
+            placed = table.place(name, (Box.contiguous(shape),)) or []
+        except MappingError:
+            continue  # the plan says which rule does not fit which tensor
+        for each in placed:
+            yield name, rule, each.key, each.box
 
 
 def _twice(name: str, first: Transform, second: Transform, what: str) -> MappingError:
