@@ -2,13 +2,17 @@
 
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import bioinit
 from bioinit import cli, families
 
 PAGE = (Path(__file__).parents[1] / "docs" / "connectors.md").read_text()
@@ -66,3 +70,19 @@ def test_the_connected_checkpoint_is_known_by_name(place, capsys, monkeypatch):
     monkeypatch.chdir(place[0])
     assert cli.main(["inspect", "old"]) == 0
     assert "rnaformer" in capsys.readouterr().out
+
+
+def test_what_wrappers_put_in_front_is_solved_before_the_table_is_asked(place, monkeypatch):
+    folder, shared = place
+    monkeypatch.chdir(folder)
+    stored = {f"module.{name}": tensor for name, tensor in shared["stored"].items()}
+    (folder / "wrapped").mkdir()
+    save_file(stored, folder / "wrapped" / "model.safetensors")
+    shutil.copy(folder / "old" / "config.json", folder / "wrapped")
+    record = bioinit.compose("./rna.yaml", ["model.initial_ckpt_path=wrapped"])
+    done = bioinit.initialize(record)
+    sources = {claim.key: claim.sources for claim in done.report.claims}
+    names = ("module.net.blocks.1.mix.g", "module.net.blocks.1.mix.v")
+    assert sources["layers.1.mix.weight"] == names
+    g, v = (stored[name] for name in names)
+    assert torch.equal(done.model.layers[1].mix.weight, g * v / v.norm(dim=1, keepdim=True))
