@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
-from bioinit.storage import File, Folder, atomic_folder
+from bioinit.storage import File, Folder, atomic_folder, worker_count
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -62,12 +63,31 @@ def save(
     with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
         backend.save(model, folder, max_shard_bytes)
         save_context(record, folder, origins)
-        for name, file in (carried or {}).items():
-            _require_its_own(homes, file)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(file.read(0, file.size))
-        document = {**receipt, "files": list(_digests(folder))}
-        (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
+        carry(folder, homes, carried or {})
+        return with_receipt(folder, receipt)
+
+
+def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) -> None:
+    """Write files of a checkpoint into ``folder`` as they are, by the names that they get.
+
+    Raises:
+        RefusedCheckpoint: one is a link to what is no file of the checkpoint.
+        StorageError: one cannot be read.
+    """
+    for name, file in carried.items():
+        _require_its_own(homes, file)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(file.read(0, file.size))
+
+
+def with_receipt(folder: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``receipt`` with the digests of all files of ``folder`` into it, and return it.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    document = {**receipt, "files": _digests(folder)}
+    (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
 
 
@@ -148,10 +168,14 @@ def _files_in(folder: Path) -> Iterator[str]:
             yield (Path(directory) / name).relative_to(folder).as_posix()
 
 
-def _digests(folder: Path) -> Iterator[dict[str, Any]]:
-    for name in _files_in(folder):
-        file = folder / name
-        yield {"path": name, "bytes": file.stat().st_size, "sha256": _digest(file)}
+def _digests(folder: Path) -> list[dict[str, Any]]:
+    names = list(_files_in(folder))
+    with ThreadPoolExecutor(worker_count(), thread_name_prefix="bioinit") as pool:
+        found = pool.map(_digest, (folder / name for name in names))
+        return [
+            {"path": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, found, strict=True)
+        ]
 
 
 def _digest(file: Path) -> str:

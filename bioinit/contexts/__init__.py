@@ -15,6 +15,8 @@ from typing import Any
 
 from bioinit import formats
 from bioinit.contexts import _one_file, _subpath
+from bioinit.contexts._artifacts import TOKENIZER_FILES
+from bioinit.contexts._sidecar import PLACE as SIDECAR
 from bioinit.contexts._sidecar import Sidecar, read_sidecar
 from bioinit.contexts.checkpoint import Checkpoint, Whose
 from bioinit.contexts.protocol import Context, ContextKind
@@ -29,7 +31,17 @@ from bioinit.record.notation import require_shallow
 from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
 
-__all__ = ["Checkpoint", "find", "load", "load_context", "names", "open_checkpoint", "read_file"]
+__all__ = [
+    "SIDECAR",
+    "TOKENIZER_FILES",
+    "Checkpoint",
+    "find",
+    "load",
+    "load_context",
+    "names",
+    "open_checkpoint",
+    "read_file",
+]
 
 SIBLINGS = Siblings(
     __name__, __path__, "CONTEXT", ContextKind, "kind of saved config", apart=("checkpoint",)

@@ -1,0 +1,210 @@
+"""The same weights in another dialect and format, streaming: no tensor is ever whole in memory.
+
+Everything is decided first: the config in the family's words, what the other world calls each
+tensor, and where each element of it lies in the source. Then a writer asks for the output a slab at
+a time. The result appears under its name when it is whole; what a killed process left is taken up
+again by the next one that wants the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bioinit import collector, formats
+from bioinit.convert.models import check_model_id
+from bioinit.convert.options import Options
+from bioinit.convert.output import Beside, as_it_is, beside, put
+from bioinit.convert.source import Source, describe, find_context, find_family, writers
+from bioinit.convert.tables import Planned, plan, plan_as_it_is
+from bioinit.convert.zeros import require_zeros
+from bioinit.families import open_checkpoint
+from bioinit.families.protocol import SourceField, Written
+from bioinit.formats.protocol import Outgoing, WriteOptions
+from bioinit.load.stream import Stream
+from bioinit.plan import LoadPlan
+from bioinit.report import human_bytes, printable, raise_for, summary
+from bioinit.save import carry, with_receipt
+from bioinit.storage import Journal, require_free, resumable_folder
+from bioinit.version import __version__
+
+__all__ = ["Converted", "convert"]
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes have been read, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did."""
+
+    path: Path
+    plan: LoadPlan
+    account: tuple[SourceField, ...]
+    """What became of every field of the source's saved config."""
+    receipt: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.receipt)
+
+    def render(self) -> str:
+        """A few lines for a person."""
+        said = self.receipt
+        output = said["output"]
+        lines = [self.plan.render(), summary(self.plan.tensors)]
+        for field in self.account:
+            if field.fate in ("carried", "unknown"):
+                lines.append(printable(f"{field.fate:<12} {field.name}: {field.note}"))
+        rate = said["bytes_read"] / max(said["seconds"], 1e-9)
+        lines.append(
+            f"read {human_bytes(said['bytes_read'])} in {said['seconds']:.2f} s "
+            f"({human_bytes(int(rate))}/s)"
+        )
+        lines += [printable(f"remark: {remark}") for remark in said["remarks"]]
+        lines.append(f"written      {self.path} ({output['format']}, dialect {output['dialect']})")
+        return "\n".join(lines)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "hf",
+    *,
+    format: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    set: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    tokenizer: str | Path | None = None,
+    partitions: int = 1,
+    max_shard_size: int | str = "5GB",
+    model_id: str | None = None,
+    drop: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write the checkpoint at ``source`` in another dialect to the folder ``destination``.
+
+    Args:
+        source: a checkpoint's folder or file.
+        destination: the folder to make.
+        to: the dialect: ``hf``, ``nemo2`` or ``neox``, where the family has it.
+        format: how bytes lie there; the dialect's usual one if None.
+        dtype: what floating tensors become; each keeps its own if None.
+        family: of which family the model is, where the source does not say.
+        config: a saved config of any kind, where the source has none or another one counts.
+        set: fields of our config, on top of what is saved.
+        architecture: the class or task that the hf dialect names.
+        tokenizer: a folder whose tokenizer goes along in place of the source's.
+        partitions: over how many files tensors are divided, where the format does that.
+        max_shard_size: the most bytes of one file: ``"5GB"``, ``"500MiB"``, or a number.
+        model_id: a published model, whose preset the config must be equal to.
+        drop: prefixes of stored names that are left behind.
+        overwrite: replace a folder that is not empty.
+        progress: is told the bytes read so far and the bytes to read.
+
+    Raises:
+        PlanError: the source lacks something, or holds what nobody has a place for.
+        BioinitError: see its subclasses. Nothing is left under the final name.
+    """
+    started = time.perf_counter()
+    options = Options.of(to, format, dtype, partitions, max_shard_size, tuple(drop))
+    with open_checkpoint(source) as checkpoint:
+        keep = (checkpoint.path, *(file.path for file in checkpoint.files))
+        require_free(destination, overwrite=overwrite, keep=keep)
+        context = find_context(checkpoint, config)
+        name = find_family(checkpoint, context, family)
+        with collector.paused():
+            described = describe(checkpoint, name, context, set or {}, architecture)
+            if model_id is not None:
+                check_model_id(model_id, described)
+            planned, side = _decide(described, options, tokenizer)
+        raise_for(planned.plan.problems, "the conversion has")
+        require_zeros(checkpoint, planned.zeros)
+        stream = Stream(
+            planned.plan,
+            checkpoint.files,
+            checkpoint.tensors,
+            _counted(progress, planned.plan.bytes_to_read),
+        )
+        tensors = stream.outgoing(lambda key: side.written.front + key)
+        work = _work(described, options, side, tensors)
+        with resumable_folder(destination, work, overwrite=overwrite, keep=keep) as (at, journal):
+            _write(tensors, options, side.written, at, journal)
+            put(at, side.made)
+            carry(at, side.homes, side.copied)
+            receipt = with_receipt(
+                at,
+                {
+                    **planned.plan.to_json(),
+                    "bytes_read": stream.bytes_read,
+                    "seconds": round(time.perf_counter() - started, 6),
+                    "remarks": list(dict.fromkeys(r for f in checkpoint.files for r in f.remarks)),
+                    "output": {"dialect": options.to, "format": options.format},
+                },
+            )
+    account = () if described.saved is None else described.saved.account
+    return Converted(Path(destination), planned.plan, account, receipt)
+
+
+def _decide(
+    source: Source, options: Options, tokenizer: str | Path | None
+) -> tuple[Planned, Beside]:
+    context = source.context
+    is_saved_so = context is not None and options.to in (
+        said.dialect for said in (context, *context.beside)
+    )
+    if is_saved_so and not writers(source.family) and options.to == "hf":
+        return plan_as_it_is(source, options.dtype, options.drop), as_it_is(source)
+    planned = plan(source, options.to, options.dtype, options.drop)
+    # Names that do not fit are the better message than a field that the other world lacks.
+    raise_for(planned.plan.problems, "the conversion has")
+    return planned, beside(source, options.to, tokenizer)
+
+
+def _write(
+    tensors: Sequence[Outgoing], options: Options, written: Written, folder: Path, journal: Journal
+) -> None:
+    write = formats.load(options.format).write
+    assert write is not None  # the options were checked
+    weights = folder / written.weights
+    weights.mkdir(parents=True, exist_ok=True)
+    given = WriteOptions(
+        max_shard_bytes=options.max_shard_bytes,
+        partitions=options.partitions,
+        objects=written.objects,
+        common=written.common,
+    )
+    write(weights, tensors, given, journal)
+
+
+def _work(source: Source, options: Options, side: Beside, tensors: Sequence[Outgoing]) -> str:
+    """A digest of everything that decides what is written."""
+    parts = (
+        __version__,
+        source.checkpoint.digest,
+        options,
+        sorted(side.made.items()),
+        [(tensor.key, tensor.shape, tensor.dtype) for tensor in tensors],
+    )
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return arrived
