@@ -11,7 +11,7 @@ from bioinit.errors import MappingError, PlanError
 from bioinit.mapping import Mapping, Names
 from bioinit.rules import Narrow, Part, Rule, rename
 from bioinit.transforms import transform
-from bioinit.transforms.claims import conversions, way_back
+from bioinit.transforms.claims import across, conversions, promised, way_back
 
 KEEP = rename("**", "**")
 
@@ -417,3 +417,40 @@ def test_an_inverse_that_needs_the_numbers_cannot_be_written():
     reads = transform(sources="a.*", target="b.*", inverse=lambda b: b[: int(b[0])])(lambda a: a)
     with pytest.raises(MappingError, match="reads values"):
         way_back(Mapping([reads]), {"b.0": (1,)})
+
+
+CANONICAL = {"new.4.qk": (2, 3), "new.4.experts": (2, 2, 3), "norm": (3,)}
+STORED = {"old.4.q": (1, 3), "old.4.k": (1, 3), "n": (3,)} | {
+    f"old.4.experts.{n}.w": (2, 3) for n in range(2)
+}
+THERE = Mapping([fuse, stack, rename("n", "norm")])
+
+
+def test_a_conversion_runs_the_transforms_of_the_table_that_it_reads():
+    wrapped = {f"w.{name}": shape for name, shape in STORED.items()}
+    names = Names(THERE, Mapping([rename("canonical.**", "**")]))
+    found, written = across(names, wrapped, CANONICAL, lambda name: name.removeprefix("w."))
+    assert written == {f"canonical.{name}": shape for name, shape in CANONICAL.items()}
+    assert {c.targets: c.sources for c in found.conversions} == {
+        ("canonical.new.4.qk",): ("w.old.4.q", "w.old.4.k"),
+        ("canonical.new.4.experts",): ("w.old.4.experts.0.w", "w.old.4.experts.1.w"),
+    }
+    assert promised(THERE, STORED, CANONICAL) == {"new.4.qk", "new.4.experts"}
+
+
+def test_a_conversion_runs_the_inverses_of_the_table_that_it_writes():
+    names = Names(Mapping([rename("canonical.**", "**")]), THERE)
+    stored = {f"w.canonical.{name}": shape for name, shape in CANONICAL.items()}
+    found, written = across(names, stored, CANONICAL, lambda name: name.removeprefix("w."))
+    assert written == STORED
+    assert {c.sources: c.targets for c in found.conversions} == {
+        ("w.canonical.new.4.qk",): ("old.4.q", "old.4.k"),
+        ("w.canonical.new.4.experts",): ("old.4.experts.0.w", "old.4.experts.1.w"),
+    }
+
+
+def test_what_an_inverse_takes_must_be_a_tensor_of_its_own():
+    halves = tuple(Part("new.4.qk", (Narrow(0, n, 1),)) for n in (0, 1))
+    names = Names(Mapping([Rule("both", halves)]), Mapping([fuse]))
+    with pytest.raises(MappingError, match=r"'new\.4\.qk' is needed whole"):
+        across(names, {"both": (2, 3)}, {"new.4.qk": (2, 3)})

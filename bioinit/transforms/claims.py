@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,60 @@ def expanded(
     made = Names(names.disk, names.memory, conversions(names.disk, shapes, live))
     found = made.with_sources(stored_as).conversions
     return names._replace(conversions=(*names.conversions, *found))
+
+
+def across(
+    names: Names, stored: Shapes, canonical: Shapes, spell: Callable[[str], str] = str
+) -> tuple[Names, dict[str, Dims]]:
+    """A conversion's tables with the transforms of both, and every tensor that is to be written.
+
+    Args:
+        names: the table that is read, and as memory the one that is written.
+        stored: the stored tensors.
+        canonical: the canonical tensors that are to be written.
+        spell: a stored name as the table that is read spells it.
+
+    Returns:
+        The tables with their conversions, and the keys and shapes of what is written.
+
+    Raises:
+        MappingError: see :func:`expanded` and :func:`way_back`; or what an inverse takes is no
+            tensor of its own in the source.
+    """
+    shapes, back = way_back(names.memory, canonical)
+    taken = {name for conversion in back for name in conversion.sources}
+    left = {name: shape for name, shape in canonical.items() if name not in taken}
+    written = names.memory.spelled_out(left)
+    names = expanded(names, stored, dict.fromkeys(written), spell)
+    if not back:
+        return names, written
+    whole: dict[str, str] = {}
+    for name in stored:
+        rule = names.disk.rule_for(spell(name))
+        if rule is not None and rule.is_rename:
+            whole[rule.parts[0].key(rule.match(spell(name)) or (), ())] = name
+    for name in sorted(taken.difference(whole)):
+        raise MappingError(
+            f"{name!r} is needed whole for the dialect that is to be written, and in the source it "
+            "is no tensor of its own. Convert to a dialect in which it is one, and from there."
+        )
+    through = Names(names.disk, names.memory, back).with_sources(whole)
+    return (
+        names._replace(conversions=(*names.conversions, *through.conversions)),
+        written | shapes,
+    )
+
+
+def promised(table: Table, stored: Iterable[str], canonical: Shapes) -> set[str]:
+    """Which canonical tensors the transforms of ``table`` make of these stored names."""
+    keys, names = Keys(canonical), tuple(stored)
+    return {
+        key
+        for transform in transforms_of(table)
+        for call in transform.calls(names)
+        for given in transform.targets_of(call, keys) or ()
+        for key in flat(given)
+    }
 
 
 def conversions(table: Table, stored: Shapes, live: Mapping[str, str]) -> tuple[Conversion, ...]:
