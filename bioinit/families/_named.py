@@ -5,6 +5,7 @@ A named family declares its dialects; this page makes of them the answers that t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -47,6 +48,7 @@ def named_family(
     dialects: Mapping[str, Dialect],
     tensors: Callable[[Any], Mapping[str, Canonical]],
     megatron: Builder | None = None,
+    absent: Mapping[str, str] | None = None,
 ) -> Family:
     """The family of ``config``.
 
@@ -56,6 +58,7 @@ def named_family(
         dialects: by name, as contexts call them: ``hf``, ``nemo2``, ``nemo1``, ``neox``, ...
         tensors: the canonical space for a config.
         megatron: constructs the megatron-core model; None if there is none.
+        absent: why there is no dialect of a name that other families have.
     """
 
     def is_ours(context: Context) -> bool:
@@ -80,9 +83,10 @@ def named_family(
 
     def is_megatron(asked: Config) -> bool:
         if asked.backend == MEGATRON and megatron is None:
+            why = (absent or {}).get(MEGATRON, "megatron-core has no model of this family")
             raise ConfigError(
-                f"model.backend={MEGATRON!r}, and megatron-core has no model of this family. Leave "
-                "model.backend out: transformers builds it."
+                f"model.backend={MEGATRON!r}, and {why}. Leave model.backend out: transformers "
+                "builds it."
             )
         return asked.backend == MEGATRON
 
@@ -92,7 +96,19 @@ def named_family(
         return translation.construct(asked)
 
     def backend(asked: Config) -> Backend:
-        return backends.load(MEGATRON) if is_megatron(asked) else transformers.BACKEND
+        if is_megatron(asked):
+            return backends.load(MEGATRON)
+
+        def remember(model: nn.Module, stored: Collection[str]) -> None:
+            # transformers spells what it saves as it was read; other worlds' names mean nothing
+            # to it, and its models in memory have names of their own.
+            if not dialects["hf"].spells(stored):
+                table = Table(dialects["hf"].rules(asked, {}, named.body_of(model)))
+                canonical = {key: each.shape for key, each in tensors(asked).items()}
+                stored = table.spelled_out(canonical)
+            transformers.remember(model, stored)
+
+        return dataclasses.replace(transformers.BACKEND, remember=remember)
 
     def names(
         asked: Config,
@@ -125,6 +141,8 @@ def named_family(
         dialect_of=dialect_of,
         dialects=dialects,
         tensors=tensors,
+        absent=absent or {},
+        body=translation.body,
     )
 
 
