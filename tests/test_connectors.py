@@ -18,7 +18,7 @@ from bioinit import cli, families
 PAGE = (Path(__file__).parents[1] / "docs" / "connectors.md").read_text()
 BLOCKS = re.findall(r"^```(console|python|yaml|toml)\n(.*?)^```$", PAGE, flags=re.M | re.S)
 FILE = re.compile(r"# (\w+\.\w+)\n")
-WRITTEN = ("old_names", "rna_connector", "rnaformer")
+WRITTEN = ("old_names", "rna_connector", "rna_worlds", "rnaformer")
 
 
 @pytest.fixture(scope="module")

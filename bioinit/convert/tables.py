@@ -13,17 +13,19 @@ from bioinit.config import InitPolicy
 from bioinit.convert.source import Source, writers
 from bioinit.errors import ConfigError, MappingError, Problem
 from bioinit.families.protocol import Canonical
+from bioinit.formats._filling import SLAB_BYTES
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import solved
 from bioinit.keys import template
-from bioinit.layout import Box, Dims
+from bioinit.layout import Box, Dims, numel
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
-from bioinit.plan import SKIP_LIST, DtypeRule, LoadPlan, Model
+from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model, worker_count
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
 from bioinit.targets import Target
+from bioinit.transforms.claims import across, promised
 from bioinit.version import __version__
 
 _HEAD = {"needed": 0, "zero": 0}
@@ -43,6 +45,15 @@ class Planned:
 
     plan: LoadPlan
     zeros: tuple[str, ...] = ()
+
+    @property
+    def common_dtype(self) -> torch.dtype | None:
+        """The floating dtype that most elements will have."""
+        counts: dict[torch.dtype, int] = {}
+        for target in self.plan.targets.values():
+            if target.dtype.is_floating_point:
+                counts[target.dtype] = counts.get(target.dtype, 0) + numel(target.claim.shape)
+        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 
 def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]) -> Planned:
@@ -66,14 +77,16 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
     wanted = {name: canonical.shape for name, canonical in space.items()}
     names, spelling = solved(names_of, tuple(table.spelled_out(wanted)), source.shapes)
     held = _Held(source.checkpoint.tensors, names.disk, spelling)
+    made = promised(names.disk, map(spelling.spell, source.shapes), wanted)
     chosen = {
         name: canonical.shape
         for name, canonical in space.items()
-        if canonical.kind in _HEAD or name in held.extents
+        if canonical.kind in _HEAD or name in held.extents or name in made
     }
     known = {template(name) for name in space}
     chosen |= {k: shape for k, shape in held.extents.items() if template(k) not in known}
-    targets = _targets(table.spelled_out(chosen), table, held)
+    names, written = across(names, source.shapes, chosen, spelling.spell)
+    targets = _targets(written, table, held)
     planned = plan_load(
         Model(targets, lambda key: "nothing"),
         source.checkpoint.tensors,
@@ -89,7 +102,7 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
     )
     unclaimed, zeros = _left(planned, held, space, table, to)
     problems = (*map(_in_words, planned.problems), *unclaimed)
-    return Planned(finished(planned, source, problems), zeros)
+    return Planned(_finished(planned, source, problems), zeros)
 
 
 def plan_as_it_is(source: Source, dtype: torch.dtype | None, drop: Sequence[str]) -> Planned:
@@ -110,10 +123,10 @@ def plan_as_it_is(source: Source, dtype: torch.dtype | None, drop: Sequence[str]
         dtype=dtype or "stored",
         notes=notes_on(source.checkpoint, Spelling({}), source.saved, ()),
     )
-    return Planned(finished(planned, source, tuple(map(_in_words, planned.problems))))
+    return Planned(_finished(planned, source, tuple(map(_in_words, planned.problems))))
 
 
-def finished(planned: LoadPlan, source: Source, problems: Sequence[Problem]) -> LoadPlan:
+def _finished(planned: LoadPlan, source: Source, problems: Sequence[Problem]) -> LoadPlan:
     """The plan with what it says of its source."""
 
     @functools.cache
@@ -130,6 +143,7 @@ def finished(planned: LoadPlan, source: Source, problems: Sequence[Problem]) -> 
         fields=source.decisions,
         files=tuple(str(file.path) for file in source.checkpoint.files),
         header=header,
+        memory_peak=worker_count() * (SLAB_BYTES + 2 * STAGING_BYTES),
     )
 
 
@@ -242,4 +256,4 @@ def _unwritten(source: Source, to: str) -> ConfigError:
     )
 
 
-__all__ = ["DtypeRule", "Planned", "finished", "plan", "plan_as_it_is"]
+__all__ = ["Planned", "plan", "plan_as_it_is"]
