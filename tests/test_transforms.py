@@ -269,6 +269,12 @@ def test_a_tied_target_goes_to_the_key_that_owns_the_memory(load):
     }
 
 
+@pytest.mark.parametrize("line", [lambda q, k: q, "old.* -> new.*", ("old.*", "new.*")])
+def test_a_line_that_is_neither_rule_nor_transform_is_an_error(load, line):
+    with pytest.raises(MappingError, match="neither a rule nor a transform"):
+        load({"same": numbered(2)}, Own(same=(2,)), Mapping([KEEP, line]))
+
+
 def test_two_rules_for_one_place_are_an_error_that_names_both(load):
     rules = Mapping([rename("a.*", "c.*"), rename("b.*", "c.*")])
     with pytest.raises(MappingError, match=r"'c\.0' is claimed twice: by 'a\.0'.* and by 'b\.0'"):

@@ -161,8 +161,20 @@ def catches(table: Table, name: str) -> bool:
 
 
 def transforms_of(table: Table) -> tuple[Transform, ...]:
-    """The transforms among the lines of ``table``."""
-    return tuple(line for line in table.transforms if isinstance(line, Transform))
+    """The transforms among the lines of ``table``.
+
+    Raises:
+        MappingError: a line is neither a rule nor a transform.
+    """
+    found: list[Transform] = []
+    for line in table.transforms:
+        if not isinstance(line, Transform):
+            raise MappingError(
+                f"a line of the mapping is {line!r:.100}, which is neither a rule nor a transform. "
+                "Write rename(...) or a Rule, or put @bioinit.transform(...) over the function."
+            )
+        found.append(line)
+    return tuple(found)
 
 
 def require_single_claims(names: Names, stored: Shapes) -> None:
