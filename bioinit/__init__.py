@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         own,
     )
     from bioinit.contexts import Checkpoint, load_context
+    from bioinit.convert import Converted, convert
     from bioinit.errors import (
         AmbiguousFormat,
         BioinitError,
@@ -58,6 +59,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Converted",
     "CorruptCheckpoint",
     "InitPolicy",
     "Initialized",
@@ -79,6 +81,7 @@ __all__ = [
     "UnknownFormat",
     "__version__",
     "compose",
+    "convert",
     "derived",
     "initialize",
     "load_context",
@@ -97,6 +100,7 @@ _HOME = {
     for room, names in {
         "config": "InitPolicy Output Placement Run TrainableModelConfig derived own",
         "contexts": "Checkpoint load_context",
+        "convert": "Converted convert",
         "errors": "AmbiguousFormat BioinitError CheckpointError ConfigError CorruptCheckpoint "
         "MappingError PlanError RefusedCheckpoint StorageError UnfinishedCheckpoint UnknownFormat",
         "families": "open_checkpoint",

@@ -239,7 +239,7 @@ def _init_one(record: fdl.Config[Run]) -> Outcome:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
+def _progress(doing: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
     """A bar by bytes on a terminal, nothing in a pipe."""
     if not sys.stderr.isatty():
         yield None
@@ -247,9 +247,9 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-    columns = ("loading", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    columns = (doing, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -270,6 +270,59 @@ def _inspect(arguments: argparse.Namespace) -> int:
         _print_json(document)
     else:
         print("\n".join(map(printable, lines(document))))
+    return 0
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's folder or file")
+    parser.add_argument("destination", metavar="DST", help="the folder to make")
+    add = parser.add_argument
+    add("--to", required=True, metavar="DIALECT", help="hf, nemo2 or neox")
+    add("--format", help="how bytes lie; the dialect's usual one if left out")
+    add("--dtype", help="bfloat16, float16 or float32; every tensor keeps its own if left out")
+    add("--family", help="of which family the model is, where the source does not say")
+    add("--config", metavar="FILE", help="the model's saved config, of any kind")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of our config")
+    add("--architecture", help="the class or the task that the hf dialect names")
+    add("--tokenizer", metavar="DIR", help="a tokenizer that goes along in place of the source's")
+    add("--partitions", type=int, default=1, metavar="N", help="over how many files, for neox")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="the most of one file; 5GB")
+    add("--model-id", metavar="ID", help="a published model that it must be, by NeMo's name")
+    add(
+        "--drop", action="append", default=[], metavar="PREFIX", help="stored names to leave behind"
+    )
+    add("--overwrite", action="store_true", help="replace a folder that is not empty")
+    add("--json", action="store_true", help="print one JSON document")
+    parser.epilog = f"A killed conversion goes on when it is started again.\n{_EXITS}"
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from bioinit.convert import convert
+    from bioinit.recipe.overrides import fields
+
+    with _progress("converting") as progress:
+        done = convert(
+            arguments.source,
+            arguments.destination,
+            arguments.to,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            family=arguments.family,
+            config=arguments.config,
+            set=fields(arguments.set),
+            architecture=arguments.architecture,
+            tokenizer=arguments.tokenizer,
+            partitions=arguments.partitions,
+            max_shard_size=arguments.max_shard_size,
+            model_id=arguments.model_id,
+            drop=arguments.drop,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    if arguments.json:
+        _print_json(done.to_json())
+    else:
+        print(done.render())
     return 0
 
 
@@ -330,6 +383,7 @@ VERBS = {
     "init": Verb("merge, build, load, and write output_dir", _run_arguments, _init),
     "plan": Verb("everything but reading weights: print what would be done", _run_arguments, _plan),
     "inspect": Verb("what a checkpoint holds, from its headers", _inspect_arguments, _inspect),
+    "convert": Verb("the same weights in another dialect and format", _convert_arguments, _convert),
     "verify": Verb("recompute the digests of a receipt", _verify_arguments, _verify),
     "recipes": Verb("list the recipes, or show one composed", _recipes_arguments, _recipes),
 }

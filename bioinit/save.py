@@ -19,7 +19,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
-from bioinit.storage import File, Folder, atomic_folder, worker_count
+from bioinit.storage import File, Folder, Journal, atomic_folder, worker_count
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -169,7 +169,7 @@ def _files_in(folder: Path) -> Iterator[str]:
 
 
 def _digests(folder: Path) -> list[dict[str, Any]]:
-    names = list(_files_in(folder))
+    names = [name for name in _files_in(folder) if name != Journal.NAME]  # it is gone in the end
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="bioinit") as pool:
         found = pool.map(_digest, (folder / name for name in names))
         return [

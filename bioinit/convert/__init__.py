@@ -29,7 +29,7 @@ from bioinit.families.protocol import SourceField, Written
 from bioinit.formats.protocol import Outgoing, WriteOptions
 from bioinit.load.stream import Stream
 from bioinit.plan import LoadPlan
-from bioinit.report import human_bytes, printable, raise_for, summary
+from bioinit.report import human_bytes, printable, raise_for, render_claims
 from bioinit.save import carry, with_receipt
 from bioinit.storage import Journal, require_free, resumable_folder
 from bioinit.version import __version__
@@ -54,21 +54,30 @@ class Converted:
         return dict(self.receipt)
 
     def render(self) -> str:
-        """A few lines for a person."""
+        """What became of every tensor, and of what of the config; a few figures."""
         said = self.receipt
+        found = said["checkpoint"]
         output = said["output"]
-        lines = [self.plan.render(), summary(self.plan.tensors)]
+        lines = [
+            f"source       {found['path']} ({found['format']}, dialect {found['dialect']}, family "
+            f"{found['family']}, {found['tensors']} tensors, {human_bytes(found['bytes'])})"
+        ]
+        lines += [f"note         {note}" for note in self.plan.notes]
+        lines += [f"field        {d.render()}" for d in self.plan.fields if d.origin.is_person]
         for field in self.account:
             if field.fate in ("carried", "unknown"):
-                lines.append(printable(f"{field.fate:<12} {field.name}: {field.note}"))
-        rate = said["bytes_read"] / max(said["seconds"], 1e-9)
+                lines.append(f"{field.fate:<12} {field.name}: {field.note}")
+        lines += render_claims(self.plan.tensors)
+        lines += [f"remark       {remark}" for remark in said["remarks"]]
+        rate = human_bytes(int(said["bytes_read"] / max(said["seconds"], 1e-9)))
         lines.append(
-            f"read {human_bytes(said['bytes_read'])} in {said['seconds']:.2f} s "
-            f"({human_bytes(int(rate))}/s)"
+            f"read         {human_bytes(said['bytes_read'])} in {said['seconds']:.2f} s ({rate}/s)"
         )
-        lines += [printable(f"remark: {remark}") for remark in said["remarks"]]
-        lines.append(f"written      {self.path} ({output['format']}, dialect {output['dialect']})")
-        return "\n".join(lines)
+        lines.append(
+            f"written      {self.path} ({output['format']}, dialect {output['dialect']}, "
+            f"{len(self.plan.targets)} tensors, {human_bytes(self.plan.memory_parameters)})"
+        )
+        return "\n".join(map(printable, lines))
 
 
 def convert(
@@ -134,6 +143,7 @@ def convert(
             checkpoint.tensors,
             _counted(progress, planned.plan.bytes_to_read),
         )
+        account = () if described.saved is None else described.saved.account
         tensors = stream.outgoing(lambda key: side.written.front + key)
         work = _work(described, options, side, tensors)
         with resumable_folder(destination, work, overwrite=overwrite, keep=keep) as (at, journal):
@@ -148,9 +158,9 @@ def convert(
                     "seconds": round(time.perf_counter() - started, 6),
                     "remarks": list(dict.fromkeys(r for f in checkpoint.files for r in f.remarks)),
                     "output": {"dialect": options.to, "format": options.format},
+                    "source_fields": [field._asdict() for field in account],
                 },
             )
-    account = () if described.saved is None else described.saved.account
     return Converted(Path(destination), planned.plan, account, receipt)
 
 
@@ -162,11 +172,12 @@ def _decide(
         said.dialect for said in (context, *context.beside)
     )
     if is_saved_so and not writers(source.family) and options.to == "hf":
-        return plan_as_it_is(source, options.dtype, options.drop), as_it_is(source)
+        planned = plan_as_it_is(source, options.dtype, options.drop)
+        return planned, as_it_is(source, tokenizer, options.dtype)
     planned = plan(source, options.to, options.dtype, options.drop)
     # Names that do not fit are the better message than a field that the other world lacks.
     raise_for(planned.plan.problems, "the conversion has")
-    return planned, beside(source, options.to, tokenizer)
+    return planned, beside(source, options.to, tokenizer, planned.common_dtype)
 
 
 def _write(

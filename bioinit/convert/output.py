@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from bioinit.contexts import SIDECAR, TOKENIZER_FILES
 from bioinit.convert.source import Source
@@ -14,6 +16,14 @@ from bioinit.families.protocol import Written
 from bioinit.storage import File, Folder
 
 _AT_THE_TOP = ("hf",)
+_SAYS_DTYPE: Mapping[str, Callable[[torch.dtype], Mapping[str, Any]]] = {
+    "hf": lambda dtype: {"dtype": str(dtype).removeprefix("torch.")},
+    "nemo2": lambda dtype: {
+        "params_dtype": str(dtype),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    },
+}
 _CONTEXT = "context"
 
 
@@ -26,8 +36,16 @@ class Beside(NamedTuple):
     homes: tuple[Folder, ...]
 
 
-def beside(source: Source, to: str, tokenizer: str | Path | None) -> Beside:
+def beside(
+    source: Source, to: str, tokenizer: str | Path | None, dtype: torch.dtype | None
+) -> Beside:
     """Everything but weights and receipt.
+
+    Args:
+        source: what is converted.
+        to: the dialect.
+        tokenizer: a folder or file, whose tokenizer takes the place of the source's.
+        dtype: what most elements will be, for worlds whose saved config says it.
 
     Raises:
         ConfigError: the dialect ``to`` cannot express a field of the config.
@@ -37,14 +55,12 @@ def beside(source: Source, to: str, tokenizer: str | Path | None) -> Beside:
     files: dict[str, File] = {} if context is None else dict(context.carried)
     homes = source.checkpoint.homes
     if tokenizer is not None:
-        given = Folder.at(tokenizer)
-        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
-        files |= _tokenizer(given)
-        homes = (*homes, given)
+        files, homes = _with_tokenizer(files, homes, tokenizer)
     names = [name for name in files if name in TOKENIZER_FILES]
     write = source.family.dialects[to].write
     assert write is not None
-    written = write(source.config, source.carried.get(to, {}), names)
+    said = {} if dtype is None or to not in _SAYS_DTYPE else _SAYS_DTYPE[to](dtype)
+    written = write(source.config, {**source.carried.get(to, {}), **said}, names)
     elsewhere = "" if to in _AT_THE_TOP else _CONTEXT
     places = {
         name: "/".join(filter(None, (written.tokenizer if name in names else elsewhere, name)))
@@ -59,14 +75,28 @@ def beside(source: Source, to: str, tokenizer: str | Path | None) -> Beside:
     return Beside(written, made, {places[name]: file for name, file in files.items()}, homes)
 
 
-def as_it_is(source: Source) -> Beside:
-    """The saved config and what goes with it, unchanged."""
+def as_it_is(source: Source, tokenizer: str | Path | None, dtype: torch.dtype | None) -> Beside:
+    """The saved config and what goes with it, unchanged but for the dtype and the tokenizer."""
     context = source.context
-    found = next((home for home in source.checkpoint.homes if home.has("config.json")), None)
     files: dict[str, File] = {} if context is None else dict(context.carried)
-    if found is not None:
-        files["config.json"] = found.file("config.json")
-    return Beside(Written({}), {}, files, source.checkpoint.homes)
+    homes = source.checkpoint.homes
+    if tokenizer is not None:
+        files, homes = _with_tokenizer(files, homes, tokenizer)
+    fields = {} if context is None else dict(context.data)
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields |= _SAYS_DTYPE["hf"](dtype)
+    made = {"config.json": json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n"}
+    return Beside(Written({}), made, files, homes)
+
+
+def _with_tokenizer(
+    files: Mapping[str, File], homes: tuple[Folder, ...], tokenizer: str | Path
+) -> tuple[dict[str, File], tuple[Folder, ...]]:
+    """``files`` with the tokenizer in ``tokenizer`` for theirs, and whose files they all are."""
+    given = Folder.at(tokenizer)
+    others = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
+    return others | _tokenizer(given), (*homes, given.around or given)
 
 
 def _tokenizer(folder: Folder) -> dict[str, File]:

@@ -182,7 +182,11 @@ def hf(
         return ReadFields(fields, tuple(SourceField(*fate) for fate in fates))
 
     def write(config: Config, carried: Mapping[str, Any], tokenizer: Collection[str]) -> Written:
-        document = {**carried, **json.loads(translation.written(config))}
+        # As fields of ours: transformers' class knows what goes with them.
+        known = {k: v for k, v in carried.items() if k not in translation.names}
+        given: Any = config
+        whole = dataclasses.replace(given, extra={**known, **given.extra})
+        document = json.loads(translation.written(whole))
         account = tuple(SourceField(name, "carried", "the source's sidecar") for name in carried)
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         return Written({"config.json": text.encode()}, account=account)

@@ -26,6 +26,7 @@ LIGHTNING = "2.4.0"
 """Lightning looks which version wrote a checkpoint, and migrates what is older than itself."""
 
 _CONTEXT = "context"
+_TARGET, _PARTIAL = "_target_", "_partial_"
 _CONFIG = "fiddle._src.config"
 _LLM = "nemo.collections.llm."
 _TOKENIZERS = "nemo.collections.common.tokenizers"
@@ -33,6 +34,8 @@ _AUTO = f"{_TOKENIZERS}.huggingface.auto_tokenizer.AutoTokenizer"
 _SENTENCEPIECE = f"{_TOKENIZERS}.sentencepiece_tokenizer.SentencePieceTokenizer"
 _FAST_OR_SLOW = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WORD = re.compile(r"(?<!^)(?=[A-Z][a-z])|(?<=[a-z0-9])(?=[A-Z])")
+_NAME = re.compile(r"(torch|megatron|nemo|bionemo|transformer_engine)(\.\w+)+")
+"""Texts that are names of Python objects: how our reader gives a function, a class or a dtype."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -51,10 +54,14 @@ class Ref(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An object that is made when the config is built: its class, by name, and its arguments."""
+    """An object that is made when the config is built: its class, by name, and its arguments.
+
+    With ``partial``, what is made is a function that makes the object.
+    """
 
     name: str
     arguments: Mapping[str, Any] = {}
+    partial: bool = False
 
 
 def written(
@@ -71,7 +78,8 @@ def written(
     """A context that NeMo and fiddle load, and what goes with the weights.
 
     Args:
-        fields: of the config, by NeMo's names: plain values, :class:`Ref`, :class:`Call`.
+        fields: of the config, by NeMo's names: plain values, :class:`Ref`, :class:`Call`, or
+            what :mod:`bioinit.contexts.nemo2` reads of these.
         config_class: dotted name of the config class.
         model_class: dotted name of the class whose argument ``config`` it is.
         keys: names of the tensors that are written, without ``module.``.
@@ -80,7 +88,7 @@ def written(
         arguments: further arguments of the model.
         unlayered: modules outside of the layers that have an extra state.
     """
-    given = {"config": Call(config_class, fields), **arguments}
+    given = {"config": Call(config_class, _meant(fields)), **arguments}
     folder, called = _tokenizer(tokenizer)
     if called is not None and model_class.startswith(_LLM):
         given["tokenizer"] = called
@@ -133,6 +141,19 @@ def _tokenizer(names: Collection[str]) -> tuple[str, Call | None]:
     return folder, Call(_AUTO, {"pretrained_model_name": TOKENIZER_FOLDER})
 
 
+def _meant(value: Any) -> Any:
+    """``value`` with names and objects in the place of what our reader gives for them."""
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return Ref(value)
+    if isinstance(value, Mapping):
+        inner = {key: _meant(item) for key, item in value.items() if key not in (_TARGET, _PARTIAL)}
+        kind = value.get(_TARGET)
+        return inner if kind is None else Call(str(kind), inner, bool(value.get(_PARTIAL)))
+    if isinstance(value, list | tuple) and not isinstance(value, Ref | Call):
+        return type(value)(map(_meant, value))
+    return value
+
+
 def _document(root: Call) -> dict[str, Any]:
     table = _Table()
     reference = table.call(root, "<root>")
@@ -171,7 +192,10 @@ class _Table:
             },
         )
         name = _WORD.sub("_", Ref(call.name).parts[1]).lower()
-        config = {"type": _pyref(_CONFIG, "Config"), "items": items, "metadata": about}
+        kind = (
+            _pyref("fiddle._src.partial", "Partial") if call.partial else _pyref(_CONFIG, "Config")
+        )
+        config = {"type": kind, "items": items, "metadata": about}
         return self._add(name, {**config, "paths": [path]})
 
     def value(self, value: Any, path: str) -> dict[str, Any]:
@@ -218,9 +242,10 @@ def _shown(value: Any, at: str) -> Any:
     """``value`` as NeMo writes it into ``model.yaml``."""
     if isinstance(value, Call):
         inner = {name: _shown(item, f"{at}.{name}") for name, item in value.arguments.items()}
-        return {"_target_": value.name, **inner}
+        mark = {_PARTIAL: True} if value.partial else {}
+        return {_TARGET: value.name, **mark, **inner}
     if isinstance(value, Ref):
-        return {"_target_": value.name, "_call_": False}
+        return {_TARGET: value.name, "_call_": False}
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Mapping):

@@ -16,9 +16,10 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from hydra.errors import HydraException
 
 from bioinit.errors import ConfigError
@@ -162,3 +163,37 @@ def jobs(typed: Sequence[str], *, multirun: bool = False) -> tuple[Job, ...]:
         Job(recipe, tuple(overrides), number)
         for number, (recipe, *overrides) in enumerate(combinations)
     )
+
+
+def fields(typed: Sequence[str]) -> dict[str, Any]:
+    """What ``field=value`` words say of one config, as nested plain data.
+
+    Raises:
+        ConfigError: a word cannot be read, has several values, or says a second time what another
+            one has said.
+    """
+    found: dict[str, Any] = {}
+    for text in typed:
+        word = Word.typed(text)
+        word.check()
+        *way, last = word.key.split(".")
+        inner = found
+        for key in way:
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{text!r}: {key!r} has a value of its own already.")
+        if last in inner:
+            raise ConfigError(f"{text!r}: {word.key} is set twice. Leave one of them out.")
+        inner[last] = _plain(word.parsed().value())
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A parsed value without Hydra's marks of what stood in quotes."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value

@@ -157,6 +157,18 @@ def test_our_reader_gives_the_same_fields_from_either_file_alone(tmp_path: Path)
     assert {name: alone.data[name] for name in wanted} == wanted
 
 
+def test_what_our_reader_gave_is_written_as_what_it_was(tmp_path: Path, stand_ins: None):
+    write(tmp_path, fields={"rope": Call(f"{LLAMA}.LlamaModel", {"config": 3}, partial=True)})
+    context = nemo2.CONTEXT.read(Folder.at(tmp_path))
+    assert context is not None
+    read = {"params_dtype": "torch.float16", "name": "a.b", "rope": context.data["rope"]}
+    write(tmp_path, fields=read)
+    built = fdl.build(serialization.load_json((tmp_path / "context/io.json").read_text()))
+    config = built.model.config
+    assert (config.params_dtype, config.name) == (torch.float16, "a.b")
+    assert config.rope() == LlamaModel(3)
+
+
 @pytest.mark.parametrize(
     "names, folder, carried",
     [
