@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -315,6 +317,32 @@ def test_several_targets_are_filled_in_order_by_one_call_each(load):
     state, _ = load(stored, model, Mapping([halve]))
     assert state["new.1.k"].tolist() == [[10, 11]] and state["new.1.v"].tolist() == [[12, 13]]
     assert calls.count(False) == 2  # and as often on meta, while the plan is made
+
+
+def test_several_sources_may_make_several_targets(load):
+    turned = transform(sources=("old.*.a", "old.*.b"), target=("new.*.sum", "new.*.difference"))(
+        lambda a, b: (a + b, a - b)
+    )
+    model = Own(**{"new.7.sum": (2,), "new.7.difference": (2,)})
+    stored = {"old.7.a": numbered(2, start=5), "old.7.b": numbered(2)}
+    state, _ = load(stored, model, Mapping([turned]))
+    assert state["new.7.sum"].tolist() == [5, 7]
+    assert state["new.7.difference"].tolist() == [5, 5]
+
+
+@given(
+    layers=st.lists(st.integers(0, 99), min_size=1, max_size=6, unique=True),
+    extra=st.lists(st.integers(0, 99), max_size=3, unique=True),
+    order=st.randoms(use_true_random=False),
+)
+def test_layer_meets_layer_whatever_is_missing_and_in_whatever_order(layers, extra, order):
+    stored = [f"old.{n}.{kind}" for n in layers for kind in "qk"]
+    order.shuffle(stored)
+    keys = [f"new.{n}.qk" for n in {*layers, *extra}]
+    order.shuffle(keys)
+    assert made(Mapping([fuse]), shapes(*stored), keys) == {
+        (f"new.{n}.qk",): (f"old.{n}.q", f"old.{n}.k") for n in layers
+    }
 
 
 def test_a_wrong_shape_is_a_problem_of_the_plan(load):
