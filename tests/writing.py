@@ -56,6 +56,7 @@ class Source:
             assert memory.numel() and 0 <= first <= first + memory.numel() <= flat.numel()
             with self._lock:
                 if len(self.requests) == self.breaks_at:
+                    self.breaks_at = None  # only what stops the others can keep them from going on
                     raise Killed("killed half-way")
                 self.requests.append(Request(key, first, memory.numel(), memory.nbytes))
             memory[...] = flat[first : first + memory.numel()]

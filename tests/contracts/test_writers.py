@@ -80,11 +80,13 @@ def test_no_element_is_asked_for_twice_and_never_much_of_it_at_once(name, tmp_pa
 
 
 @each_writer
-def test_what_stands_there_when_it_fails_is_no_checkpoint_and_no_thread_is_left(name, tmp_path):
+def test_a_writer_that_fails_leaves_no_thread_and_no_open_file(name, tmp_path):
     source = Source(odd_state(name), breaks_at=3)
+    open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(Killed, match="killed half-way"):
         write(name, tmp_path / "out", source)
     assert not [t for t in threading.enumerate() if t.name.startswith("bioinit")]
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 KILLED = """

@@ -220,7 +220,7 @@ class _Layer(Unit):
         outer, length = share.rows
         width = share.tensor.dtype.itemsize
         if outer > 1:
-            step = max(1, SLAB_BYTES // (length * width))
+            step = max(1, SLAB_BYTES // 2 // (length * width))  # what one gets is held beside it
             for row in range(0, outer, step):
                 yield self._columns(share, begin, row, min(step, outer - row), length)
             return
@@ -257,19 +257,18 @@ class _Layer(Unit):
         """Some rows, of which each partition has a part."""
         tensor = share.tensor
         width = tensor.dtype.itemsize
+        position = begin + row * length // share.partitions * width
 
         def task(desk: Desk) -> None:
-            memory = desk.memory(rows * length * width).view(tensor.dtype)
-            tensor.fill(row * length, memory)
-            table = memory.view(rows, share.rule.slabs, share.partitions, -1)
+            size = rows * length * width
+            memory = desk.memory(size + size // share.partitions).view(tensor.dtype)
+            whole, held = memory[: rows * length], memory[rows * length :]
+            tensor.fill(row * length, whole)
+            table = whole.view(rows, share.rule.slabs, share.partitions, -1)
             for part, path in enumerate(self.paths):
+                held.view(rows, share.rule.slabs, -1)[...] = table[:, :, part]
                 with writing(path):
-                    held = table[:, :, part].contiguous()
-                    put(
-                        self._descriptors[part],
-                        held,
-                        begin + row * length // share.partitions * width,
-                    )
+                    put(self._descriptors[part], held, position)
 
         return task
 
