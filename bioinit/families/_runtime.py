@@ -154,6 +154,9 @@ class Reasons(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __hash__(self) -> int:
+        return id(self)
+
 
 def _reasons(fields: Mapping[str, str]) -> Reasons:
     return Reasons({name: why for why, names in fields.items() for name in names.split()})
