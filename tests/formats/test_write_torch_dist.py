@@ -246,6 +246,20 @@ def test_a_killed_writer_is_gone_on_with_and_finished_parts_are_left_alone(
     assert_same(by_torch(tmp_path, STATE), STATE)
 
 
+def test_a_thread_in_the_middle_of_a_part_stops_when_another_fails(
+    tmp_path, in_small_parts, monkeypatch
+):
+    size = 800 * 400
+    monkeypatch.setattr(parts, "SMALLEST_PART", size)
+    monkeypatch.setattr(parts, "LARGEST_PART", size)
+    monkeypatch.setattr(parts, "worker_count", lambda: 2)
+    source = Source({key: torch.zeros(size, dtype=torch.uint8) for key in "ab"}, breaks_at=20)
+    with pytest.raises(Killed):
+        write("torch_dist", tmp_path, source)
+    assert len(source.requests) < 300
+    assert os.listdir(tmp_path) == [Journal.NAME]
+
+
 def test_a_noted_part_that_is_not_whole_any_more_is_written_again(tmp_path, in_small_parts):
     with pytest.raises(Killed):
         write("torch_dist", tmp_path, Source(STATE, breaks_at=20))
