@@ -309,8 +309,13 @@ class Rule:
             return "copy"
         names = ", ".join(dict.fromkeys(part.to for part in self.parts))
         verb = "rename" if self.is_rename else "view"
-        added = "".join(f" ({part.add:+g})" for part in self.parts if part.add)
-        return f"{verb} {self.pattern_text} <-> {names}{added}"
+        return f"{verb} {self.pattern_text} <-> {names}{self.added}"
+
+    @property
+    def added(self) -> str:
+        """What canonical values are more than this dialect's, for a report; mostly nothing."""
+        found = dict.fromkeys(part.add for part in self.parts if part.add)
+        return "".join(f" (canonical = {self.pattern_text} {add:+g})" for add in found)
 
 
 def rename(key: str, to: str, note: str = "") -> Rule:

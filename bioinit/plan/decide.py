@@ -119,6 +119,9 @@ class Decisions:
         if disk.parts == memory.parts:  # the same view on both sides: only the names can differ
             same = disk.pattern_text == memory.pattern_text
             return "copy" if same else f"rename {disk.pattern_text} -> {memory.pattern_text}"
+        if not disk.note and not memory.note and "copy" not in (disk.text, memory.text):
+            verb = "rename" if disk.is_rename and memory.is_rename else "view"
+            return f"{verb} {disk.pattern_text} -> {memory.pattern_text}{disk.added}{memory.added}"
         texts = [rule.text for rule in (disk, memory) if rule.text != "copy"]
         return "; ".join(dict.fromkeys(texts)) or "copy"
 

@@ -144,7 +144,7 @@ class Translation:
         """``config.json`` for a config of ours, as transformers writes it."""
         made = self.make(config)
         made.architectures = [self.model_class(config).__name__]
-        return bytes(made.to_json_string(use_diff=False), "utf-8")
+        return bytes(made.to_json_string(), "utf-8")
 
     def check_extra(self, extra: Mapping[str, Any]) -> None:
         """Raise for an entry of ``extra`` that is a field of ours under its other name."""
