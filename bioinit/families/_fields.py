@@ -106,14 +106,14 @@ class World:
             if theirs not in together:
                 self._check_only(theirs, data.get(theirs, silent.get(theirs)), context.where)
         for theirs, value in data.items():
-            if theirs in together:
+            if theirs in together and together[theirs].ours:
                 account.append(SourceField(theirs, "mapped", ", ".join(together[theirs].ours)))
             elif theirs in self.names:
                 ours = self.names[theirs]
                 if value is not None or ours not in fields:
                     fields[ours] = self._saved(theirs, value, context, True)
                 account.append(SourceField(theirs, "mapped", ours))
-            elif theirs in self.only:
+            elif theirs in self.only or theirs in together:
                 account.append(SourceField(theirs, "ignored", "the only kind that this family has"))
             elif theirs in self.ignored or self.rest:
                 reason = self.ignored.get(theirs, self.rest)
@@ -189,9 +189,9 @@ class World:
         theirs = next((name for name, our in self.names.items() if our == ours), ours)
         named = f", and {context.model} is no class whose defaults are known"
         return ConfigError(
-            f"{context.where} does not say {theirs}{named if context.model else ''}. Write {theirs} "
-            "into it, or let the config that the writer saved in full lie beside it (NeMo 2: "
-            "context/model.yaml)."
+            f"{context.where} does not say {theirs}{named if context.model else ''}. Write "
+            f"{theirs} into it, or let the config that the writer saved in full lie beside it (NeMo "
+            "2: context/model.yaml)."
         )
 
     def _unsayable(
