@@ -6,7 +6,7 @@ The tables of those worlds are in :mod:`bioinit.families._worlds`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,14 @@ class Gpt:
     codecs: Mapping[str, Codec] = field(default_factory=dict)
     layers: Callable[[Any], Collection[Rule]] = lambda config: ()
     """More rules for one layer, with names in full."""
+    norms: Callable[[Any, float], Collection[Rule]] = lambda config, add: ()
+    """More norms of one layer; the second argument is what is added to stored weights."""
+    check: Callable[[Any], None] = lambda config: None
+    """Raises for a config that NeMo 2 cannot express, where no single field says so."""
+    mlp: Callable[[Any], Sequence[Rule]] | None = None
+    """The rules for one layer's MLP, where it is another than ``gated`` says."""
+    ignored: Mapping[str, str] = DENSE
+    """Reasons for fields that describe no model."""
 
     def dialects(self) -> dict[str, Dialect]:
         """One per world: ``nemo2``, ``nemo1``, ``bridge`` and ``megatron``."""
@@ -85,9 +93,16 @@ class Gpt:
         """The table of all four worlds; what is written has norms around zero where ours are."""
         plain = self.is_zero_centered and bool(shapes) and not getattr(config, ZERO_CENTERED)
         add = -1.0 if plain else 0.0
-        more = [_megatron.both(rule) for rule in self.layers(config)]
+        layers = (*self.layers(config), *self.norms(config, add))
+        more = [_megatron.both(rule) for rule in layers]
         return [
-            *_megatron.gpt(config, shapes, gated=self.gated, add=add),
+            *_megatron.gpt(
+                config,
+                shapes,
+                gated=self.gated,
+                mlp_rules=None if self.mlp is None else self.mlp(config),
+                add=add,
+            ),
             *(rule for pair in more for rule in pair),
             *_legacy.rules(config, shapes, gated=self.gated, add=add),
         ]
@@ -120,7 +135,7 @@ class Gpt:
             codecs={**CODECS.get(like, {}), **self.codecs},
             only={name: one for name, one in only.items() if name not in taken},
             lacks=self.lacks,
-            ignored=DENSE,
+            ignored=self.ignored,
             defaults={} if like == "nemo2" else DEFAULTS[like],
             joint=joint,
             needed=NEEDED,
@@ -175,6 +190,7 @@ class Gpt:
         def write(config: Any, carried: Mapping[str, Any], tokenizer: Collection[str]) -> Written:
             from bioinit.families import _nemo2
 
+            self.check(config)
             fields, account = world.write(config, carried)
             spelled = Table(self.rules(config, {}, "")).spelled_out(
                 {key: tensor.shape for key, tensor in self.tensors(config).items()}
@@ -190,6 +206,7 @@ class Gpt:
                 keys=tuple(spelled),
                 num_layers=config.num_layers,
                 tokenizer=tokenizer,
+                num_experts=getattr(config, "num_moe_experts", 0),
             )
             return written._replace(account=account, files=_said(written.files, vocab_size))
 

@@ -134,11 +134,18 @@ def transformer(
     ]
 
 
-def gpt(config: Any, shapes: Mapping[str, Dims], *, gated: bool, add: float = 0.0) -> list[Rule]:
+def gpt(
+    config: Any,
+    shapes: Mapping[str, Dims],
+    *,
+    gated: bool,
+    mlp_rules: Sequence[Rule] | None = None,
+    add: float = 0.0,
+) -> list[Rule]:
     """The table of a GPT: embedding, decoder, output layer."""
     return [
         *embeddings(config, shapes),
-        *transformer(config, "decoder", gated=gated, add=add),
+        *transformer(config, "decoder", gated=gated, mlp_rules=mlp_rules, add=add),
     ]
 
 
@@ -173,17 +180,28 @@ def spells(stack: str, *, is_legacy: bool = False) -> Callable[[Collection[str]]
     return is_spelled
 
 
-def extra_states(keys: Collection[str], num_layers: int, front: str) -> dict[str, bytes]:
-    """Empty extra states of the linear layers among ``keys``: Megatron's loader asks for them."""
+def extra_states(
+    keys: Collection[str], num_layers: int, front: str, num_experts: int = 0
+) -> dict[str, bytes]:
+    """Empty extra states of the linear layers among ``keys``: Megatron's loader asks for them.
+
+    Those of experts are counted by layer and by expert.
+    """
     found: dict[str, bytes] = {}
     for key in keys:
         module, _, kind = key.rpartition(".")
         if kind != "weight" or ".linear_" not in module:
             continue
         is_stacked = ".layers." in module
-        for number in range(num_layers if is_stacked else 1):
-            at = f"shard_{number}_{num_layers}" if is_stacked else "shard_0_1"
-            found[f"{front}{module}.{EXTRA_STATE}/{at}"] = b""
+        places = [f"{n}_{num_layers}" for n in range(num_layers)] if is_stacked else ["0_1"]
+        if ".experts." in module:
+            places = [
+                f"{layer}.{expert}_{num_layers}.{num_experts}"
+                for layer in range(num_layers)
+                for expert in range(num_experts)
+            ]
+        for place in places:
+            found[f"{front}{module}.{EXTRA_STATE}/shard_{place}"] = b""
     return found
 
 

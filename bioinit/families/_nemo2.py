@@ -74,6 +74,7 @@ def written(
     tokenizer: Collection[str] = (),
     arguments: Mapping[str, Any] = {},
     unlayered: Collection[str] = (),
+    num_experts: int = 0,
 ) -> Written:
     """A context that NeMo and fiddle load, and what goes with the weights.
 
@@ -87,6 +88,7 @@ def written(
         tokenizer: names of the tokenizer's files that the output will hold.
         arguments: further arguments of the model.
         unlayered: modules outside of the layers that have an extra state.
+        num_experts: how many experts a tensor of experts holds.
     """
     given = {"config": Call(config_class, _meant(fields)), **arguments}
     folder, called = _tokenizer(tokenizer)
@@ -97,7 +99,7 @@ def written(
         "nemo.lightning.io.pl.TrainerContext", {"model": model, "trainer": _TRAINER, "extra": {}}
     )
     shown = yaml.safe_dump(_shown(model, "model"), sort_keys=True, allow_unicode=True, width=100)
-    objects = extra_states(keys, num_layers, FRONT)
+    objects = extra_states(keys, num_layers, FRONT, num_experts)
     objects |= {f"{FRONT}{module}.{EXTRA_STATE}/shard_0_1": b"" for module in unlayered}
     return Written(
         files={
