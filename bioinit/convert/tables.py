@@ -214,7 +214,7 @@ def _left(
                 name,
                 f"the source holds {name!r} {list(shape)} {dtype}, and {why}.",
                 "Correct the config (--config FILE, --set FIELD=VALUE), or leave it behind with "
-                f"--drop {name.split('.')[0] if '.' in name else name}.",
+                f"--drop {name.rpartition('.')[0] or name}.",
             )
         )
     return problems, tuple(zeros)
