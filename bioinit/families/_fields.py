@@ -189,9 +189,9 @@ class World:
         theirs = next((name for name, our in self.names.items() if our == ours), ours)
         named = f", and {context.model} is no class whose defaults are known"
         return ConfigError(
-            f"{context.where} does not say {theirs}{named if context.model else ''}. Write "
-            f"{theirs} into it, or let the config that the writer saved in full lie beside it (NeMo "
-            "2: context/model.yaml)."
+            f"{context.where} does not say {theirs}{named if context.model else ''}. Write it into "
+            "that file, or let the config that the writer saved in full lie beside it (NeMo 2: "
+            "context/model.yaml)."
         )
 
     def _unsayable(

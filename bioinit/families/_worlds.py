@@ -125,8 +125,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "share_embeddings_and_output_weights": True,
         "make_vocab_size_divisible_by": 128,
         "rotary_base": 10000,
+        "window_size": None,
         "seq_length": 1024,
         "position_embedding_type": "learned_absolute",
+        "rotary_percent": 1.0,
         "normalization": "LayerNorm",
         ZERO_CENTERED: False,
         "add_bias_linear": True,
@@ -143,8 +145,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "share_embeddings_and_output_weights": True,
         "make_vocab_size_divisible_by": 128,
         "rotary_base": 10000,
+        "window_size": None,
         "encoder_seq_length": 512,
         "position_embedding_type": "learned_absolute",
+        "rotary_percentage": 1.0,
         "normalization": "layernorm",
         "bias": True,
         "activation": "gelu",
@@ -155,6 +159,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "attention_dropout": 0.1,
         "make_vocab_size_divisible_by": 128,
         "rotary_base": 10000,
+        "window_size": None,
+        "rotary_percent": 1.0,
         "group_query_attention": False,
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": False,
@@ -187,6 +193,20 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "megatron": {"norm_epsilon": "layernorm_epsilon", "layernorm_epsilon": "layernorm_epsilon"},
 }
 """Their name to ours, beside :data:`SAME`."""
+
+
+def _window(value: Any) -> int | None:
+    """How many tokens attention looks back; those ahead are never seen."""
+    if value is None:
+        return None
+    before, ahead = value
+    if ahead not in (0, None):
+        raise ValueError("attention looks ahead")
+    return None if before == -1 else int(before)
+
+
+WINDOW: Codec = (_window, lambda tokens: None if tokens is None else [tokens, 0])
+"""The window of attention: tokens before and ahead, and how many before for us."""
 
 CODECS: Mapping[str, Mapping[str, Codec]] = {
     "nemo2": {"activation_func": (activation_of, ACTIVATIONS.__getitem__)},
