@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import ChainMap
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from bioinit.backends.transformers import named
-from bioinit.backends.transformers.named import Heads, Line, Translation, linear, norm
+from bioinit.backends.transformers.named import Line, Translation, linear, norm
 from bioinit.config import TrainableModelConfig, derived, own
 from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
+from bioinit.families import _bionemo, _encoder, _megatron
+from bioinit.families._bionemo import fixed
+from bioinit.families._fields import Only, World
 from bioinit.families._named import hf, named_family
-from bioinit.families.protocol import Canonical
+from bioinit.families.protocol import Canonical, Dialect, ReadFields, Written
+from bioinit.layout import Dims
+from bioinit.rules import Rule
 
 MODEL_TYPE = "bert"
 
@@ -73,6 +81,7 @@ class BertConfig(TrainableModelConfig):
     classifier_dropout: float | None = None
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = True
+    make_vocab_size_divisible_by: int = 128
     pad_token_id: int | None = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -93,9 +102,8 @@ class BertConfig(TrainableModelConfig):
 
 _LAYER = "encoder.layer.*"
 _TO = "encoder.layers.*"
-_MLM = "cls.predictions"
 
-LINES: tuple[Line, ...] = (
+_BODY: tuple[Line, ...] = (
     Line("embeddings.word_embeddings.weight", "embedding.word_embeddings.weight"),
     Line("embeddings.position_embeddings.weight", "embedding.position_embeddings.weight"),
     Line("embeddings.token_type_embeddings.weight", "embedding.tokentype_embeddings.weight"),
@@ -109,13 +117,6 @@ LINES: tuple[Line, ...] = (
     *linear(f"{_LAYER}.output.dense", f"{_TO}.mlp.linear_fc2"),
     *norm(f"{_LAYER}.output.LayerNorm", f"{_TO}.post_mlp_layernorm"),
     *linear("pooler.dense", "pooler.dense"),
-    *linear(f"{_MLM}.transform.dense", "lm_head.dense", is_body=False),
-    *norm(f"{_MLM}.transform.LayerNorm", "lm_head.layer_norm", is_body=False),
-    *linear(f"{_MLM}.decoder", "output_layer", is_body=False),
-    Line(f"{_MLM}.bias", "lm_head.bias", is_body=False),
-    *linear("cls.seq_relationship", "binary_head", is_body=False),
-    *linear("classifier", "classifier", is_body=False),
-    *linear("qa_outputs", "qa_outputs", is_body=False),
 )
 
 
@@ -126,21 +127,116 @@ def _is_bert(context: Context) -> bool:
     return context.model is None and {"type_vocab_size", "num_hidden_layers"} <= {*context.data}
 
 
+def _lines(config: BertConfig) -> tuple[Line, ...]:
+    return (*_BODY, *_encoder.masked_lines(config.share_embeddings_and_output_weights))
+
+
 def _tensors(config: BertConfig) -> dict[str, Canonical]:
-    return {}
+    hidden = config.hidden_size
+    return {
+        _encoder.WORD: Canonical((config.vocab_size, hidden)),
+        _encoder.POSITION: Canonical((config.seq_length, hidden)),
+        _encoder.TYPE: Canonical((config.num_tokentypes, hidden)),
+        **_encoder.norm_at("encoder.initial_layernorm", config),
+        **_encoder.encoder(config, _encoder.AFTER),
+        **_encoder.bert_heads(config),
+    }
 
 
-FAMILY = named_family(
-    BertConfig,
-    TRANSLATION,
-    {
-        "hf": hf(
-            TRANSLATION,
-            lambda config: LINES,
-            ("embeddings.token_type_embeddings.weight",),
-            lambda config: Heads(config.num_attention_heads, 1, config.kv_channels),
-            _is_bert,
-        )
+def _table(config: TrainableModelConfig, shapes: Mapping[str, Dims], body: str) -> list[Rule]:
+    return _encoder.table(config, shapes, _encoder.AFTER)
+
+
+_KIND = "this family normalizes after attention and MLP, as BERT does (post-layer-norm)"
+_TENSORS = "the tensors that are stored say it"
+
+# NeMo's spec for BERT as it is on Hugging Face.
+NEMO2 = World(
+    dialect="nemo2",
+    names={
+        **_bionemo.SIZES,
+        "seq_length": "seq_length",
+        "num_tokentypes": "num_tokentypes",
     },
-    _tensors,
+    only={
+        **_bionemo.ONLY,
+        "activation_func": fixed("NeMo's head for masked tokens has gelu", *_bionemo.GELU),
+        "bert_type": Only(("huggingface",), _KIND),
+        "position_embedding_type": fixed("a BERT learns its positions", "learned_absolute"),
+        "softmax_scale": fixed("scores are scaled by the size of a head", None),
+    },
+    lacks={"activation": ("gelu",)},
+    ignored=ChainMap(
+        {**dict.fromkeys(("add_pooler", "add_lm_head", "bert_binary_head"), _TENSORS)},
+        {**_bionemo.NO_ROTARY, "transformer_block_type": _KIND},
+        _bionemo.IGNORED,  # type: ignore[arg-type]
+    ),
+    defaults={
+        "seq_length": 512,
+        "num_tokentypes": 2,
+        "layernorm_epsilon": 1e-5,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "init_method_std": 0.02,
+        "share_embeddings_and_output_weights": True,
+        "make_vocab_size_divisible_by": 128,
+    },
+)
+_MODEL = "nemo.collections.llm.bert.model"
+_CLASS = f"{_MODEL}.bert.HuggingFaceBertConfig"
+
+
+def _read_nemo2(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
+    return _bionemo.read(
+        NEMO2, context, shapes or {}, defaults=_bionemo.size_of(_bionemo.class_of(context))
+    )
+
+
+def _write_nemo2(
+    config: TrainableModelConfig, carried: Mapping[str, Any], tokenizer: Collection[str]
+) -> Written:
+    assert isinstance(config, BertConfig)
+    kind = TRANSLATION.model_class(config).__name__
+    has_pair, has_tokens = kind in _PAIRS, kind in _TOKENS
+    return _bionemo.written(
+        NEMO2,
+        config,
+        carried,
+        tokenizer,
+        rules=_table(config, {}, ""),
+        tensors=_tensors(config),
+        config_class=_CLASS,
+        model_class=f"{_MODEL}.bert.HuggingFaceBertModel",
+        more={
+            "add_lm_head": has_tokens,
+            "bert_binary_head": has_pair,
+            "add_pooler": has_pair or kind == "BertModel",
+        },
+    )
+
+
+_PAIRS = ("BertForPreTraining", "BertForNextSentencePrediction")
+_TOKENS = ("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel")
+_MARKS = ("attention.output.LayerNorm.weight", "attention.output.LayerNorm.gamma")
+
+FAMILY = dataclasses.replace(
+    named_family(
+        BertConfig,
+        TRANSLATION,
+        {
+            "hf": hf(
+                TRANSLATION, _lines, _MARKS, _megatron.heads_of, _is_bert, _encoder.position_ids
+            ),
+            "nemo2": Dialect(
+                _table,
+                _encoder.spells_after,
+                _bionemo.is_nemo_bert("huggingface"),
+                _read_nemo2,
+                _write_nemo2,
+                NEMO2.names,
+            ),
+        },
+        _tensors,
+    ),
+    apart={"biobert": _encoder.APART},
 )

@@ -206,6 +206,9 @@ class Family:
     tensors: Callable[[TrainableModelConfig], Mapping[str, Canonical]] | None = None
     """Every tensor of the canonical space, for a config; None if there are no dialects."""
 
+    apart: Mapping[str, str] = field(default_factory=dict)
+    """Families that look like this one and are others, and why, as half a sentence."""
+
     absent: Mapping[str, str] = field(default_factory=dict)
     """Why there is no dialect of a name that others have: the reason for which it is refused."""
 

@@ -263,12 +263,12 @@ def test_a_saved_context_of_ours_is_read_back(tmp_path):
     from bioinit.record import save_context
     from bioinit.storage import Folder
 
-    record = merged(LLAMA, architecture="token_classification", num_labels=3).record
+    record = merged(GPT2, architecture="token_classification", num_labels=3).record
     save_context(record, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
     saved = find((Folder.at(tmp_path),))
     assert saved.dialect == "bioinit" and FAMILY.recognizes(saved)
     fields = FAMILY.read_fields(saved).fields
     arguments = fdl.ordered_arguments(record)
-    assert fields["hidden_size"].value == arguments["hidden_size"] == 16
+    assert fields["n_embd"].value == arguments["n_embd"] == 16
     assert families.find(saved, ()) == "auto"

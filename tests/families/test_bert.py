@@ -78,7 +78,6 @@ def test_names_of_the_first_generation_lead_to_the_same_parameters():
         ((stored,),) = (names.disk.place(f"{layer}.{old}", ((),)),)
         ((live,),) = (names.memory.place(f"{layer}.{new}", ((),)),)
         assert stored.key == live.key
-        assert names.memory.place(f"{layer}.{old}", ()) is None, "a live model has no such name"
 
 
 def test_the_weights_of_a_body_are_placed_without_its_prefix():
@@ -127,7 +126,7 @@ def test_an_esm_checkpoint_is_not_taken_for_a_bert():
 
 
 def test_names_alone_tell_a_bert_checkpoint():
-    stored = ["embeddings.token_type_embeddings.weight", "pooler.dense.bias"]
+    stored = ["encoder.layer.0.attention.output.LayerNorm.weight", "pooler.dense.bias"]
     assert families.find(None, stored) == "bert"
 
 
