@@ -260,12 +260,13 @@ def _of_another_family(run: Run, checkpoint: Checkpoint | None) -> ConfigError:
             "say what the model is. Add the model_type to the file, or use a recipe of a named "
             f"family: {', '.join(name for name in families.names() if name != 'auto')}."
         )
+    why = families.load(run.family).apart.get(fitting or "") if run.family else None
     cure = f"Use a recipe of the family {fitting!r}."
     if fitting in (None, run.family):
         cure = "If it is of a class of your own, use a recipe with `model: {_target_: ...}`."
     return ConfigError(
         f"{checkpoint.path} holds a model of type {context.model!r} ({context.where}), which is "
-        f"not of the family {run.family!r}. {cure}"
+        f"not of the family {run.family!r}{f': {why}' if why else ''}. {cure}"
     )
 
 
