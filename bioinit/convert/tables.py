@@ -21,9 +21,10 @@ from bioinit.keys import template
 from bioinit.layout import Box, Dims, numel
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
-from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model, worker_count
+from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
+from bioinit.storage import worker_count
 from bioinit.targets import Target
 from bioinit.transforms.claims import across, promised
 from bioinit.version import __version__

@@ -27,9 +27,9 @@ from bioinit.load.initial import Watching, own_random_state, reset_parameters
 from bioinit.load.memory import allocate
 from bioinit.load.transfer import Job, Progress, Transfer
 from bioinit.mapping import Conversion
-from bioinit.plan import Copy, LoadPlan, worker_count
+from bioinit.plan import Copy, LoadPlan
 from bioinit.report import LoadReport, raise_for
-from bioinit.storage import File
+from bioinit.storage import File, worker_count
 from bioinit.targets import Slot, held_strides, slots
 
 __all__ = ["execute", "reset_parameters"]

@@ -24,10 +24,10 @@ from bioinit.plan.facts import (
     LoadPlan,
     Model,
     TargetPlan,
-    worker_count,
 )
 from bioinit.plan.reading import bytes_by_file
 from bioinit.report import Claim, Unused, human_bytes
+from bioinit.storage import worker_count
 
 __all__ = [
     "SKIP_LIST",
@@ -38,7 +38,6 @@ __all__ = [
     "Model",
     "TargetPlan",
     "plan",
-    "worker_count",
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,11 +19,6 @@ DtypeRule = torch.dtype | Literal["stored", "module"]
 
 STAGING_BYTES = 4 * 2**20
 """One worker's reusable buffer for casts and strided copies; also part of a plan's peak memory."""
-
-
-def worker_count() -> int:
-    """Threads that read: one per processor, and no more than storage gains from."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
 class Copy(NamedTuple):
