@@ -18,7 +18,7 @@ from bioinit.config import TrainableModelConfig
 from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError, CorruptCheckpoint
 from bioinit.families._fields import Joint, Only, World
-from bioinit.families.protocol import ReadFields, Written
+from bioinit.families.protocol import Fate, ReadFields, SourceField, Written
 from bioinit.layout import Dims
 from bioinit.record import SavedField
 from bioinit.storage import File
@@ -260,14 +260,12 @@ def read(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFiel
         more["vocab_size"] = vocab
     is_whole = isinstance(context.raw, Mapping) and "said" in context.raw
     found = _WORLD.read(context, more, _DEFAULTS if is_whole else {})
-    account = [
-        field._replace(fate="ignored", note="all layers are alike")
-        if field.name in ("attention_config", "num_unique_layers", "num_kv_heads")
-        else field._replace(fate="ignored", note="it is off")
-        if field.name == "soft_prompt_tuning"
-        else field
-        for field in found.account
-    ]
+    alike = dict.fromkeys(("attention_config", "num_unique_layers", "num_kv_heads"), _ALIKE)
+    fates: dict[str, tuple[Fate, str]] = {**alike, "soft_prompt_tuning": ("ignored", "it is off")}
+    if context.data.get("seq_length") == context.data.get("max_position_embeddings"):
+        # A shorter one is that of the training samples.
+        fates["seq_length"] = ("mapped", "seq_length")
+    account = (SourceField(f.name, *fates.get(f.name, (f.fate, f.note))) for f in found.account)
     return ReadFields(found.fields, tuple(account))
 
 
@@ -286,7 +284,16 @@ def write(
     if _TOKENIZER in tokenizer:
         found |= {"tokenizer_type": "HFTokenizer", "vocab_file": _TOKENIZER}
     text = yaml.safe_dump(found, sort_keys=True, allow_unicode=True)
-    return Written({"configs/neox.yml": text.encode()}, account=account)
+    unsaid = (SourceField(name, "ignored", why) for name, why in _UNSAID.items())
+    return Written({"configs/neox.yml": text.encode()}, account=(*account, *unsaid))
+
+
+_ALIKE: tuple[Fate, str] = ("ignored", "all layers and heads are alike")
+_UNSAID = {
+    "vocab_size": "NeoX asks the tokenizer, and the rows of the embedding say it, padding included",
+    "kv_channels": "it is hidden_size over num_attention_heads",
+    "classifier_dropout": "it belongs to a head that NeoX does not have",
+}
 
 
 def recognizes(context: Context) -> bool:

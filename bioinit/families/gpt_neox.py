@@ -80,7 +80,7 @@ class GptNeoxConfig(TrainableModelConfig):
     rotary_base: float = 10000.0
     rotary_percent: float = 0.25
     rope_type: str = "default"
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int | None = derived(lambda c: _decoder.divisor(c.vocab_size))
     model_parallel_size: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -156,7 +156,8 @@ def _decide(
     described = None
     if context is not None and saved is not None:
         # What the saved config leaves open is as this run says.
-        left = {name: v for name, v in set_in(model).items() if name not in saved.fields}
+        stated = {name for name, field in saved.fields.items() if field.literal}
+        left = {name: value for name, value in set_in(model).items() if name not in stated}
         described = described_by(family, context, left, shapes)
     layers = None if run.init.layers is None else Layers(run.init.layers, saved)
     if layers is not None and saved is not None:

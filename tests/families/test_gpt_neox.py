@@ -364,6 +364,14 @@ def test_settings_that_older_versions_refuse_are_written_only_where_they_matter(
     assert not {"intermediate_size", "use_bias_in_attn_linear", "gpt_j_tied"} & found.keys()
 
 
+def test_a_vocabulary_is_not_padded_unless_somebody_asks_for_it():
+    config = config_of(context(NEOX))
+    assert spelled("neox", config)["0.word_embeddings.weight"].shape == (29, 16)
+    assert GptNeoxConfig().make_vocab_size_divisible_by == 128
+    written = FAMILY.dialects["neox"].write(config, {}, ())
+    assert {f.name for f in written.account} >= {"vocab_size", "classifier_dropout", "num_layers"}
+
+
 def test_a_scaled_rotation_cannot_be_written_for_neox():
     config = config_of(settings(), rope_type="linear")
     with pytest.raises(ConfigError, match=r"rope_type is 'linear', which neox cannot express"):
