@@ -25,6 +25,7 @@ WITHOUT = {"masked_lm": ("llama", "mixtral", "gpt_neox"), "causal_lm": ("esm2",)
 NAMED = {  # of which other tests have no tiny model
     "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2),
     "gemma": transformers.GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+    "gemma2": transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16),
     "nemotron": transformers.NemotronConfig(**SMALL, num_key_value_heads=2),
     "biobert": transformers.MegatronBertConfig(**SMALL),
 }
@@ -122,9 +123,8 @@ def test_a_preset_writes_fields_that_exist(path):
     classes = {"init": InitPolicy, "placement": Placement, "output": Output}
     if path.parent.name == "model":
         start = path.stem.partition("_")[0]
-        family = OF_PRESET.get(start) or next(
-            f for f in families.names() if path.stem.startswith(f)
-        )
+        fitting = (name for name in families.names() if path.stem.startswith(name))
+        family = OF_PRESET.get(start) or max(fitting, key=len)
         own = next(name for name in sources.names() if name.startswith(f"{family}/"))
         record = recipe.compose(own, [f"model={path.stem}"])
         assert written <= {f.name for f in dataclasses.fields(fdl.get_callable(record.model))}
