@@ -24,6 +24,7 @@ from bioinit.families._kinds import Kind
 from bioinit.families._live import gpt
 from bioinit.families._named import hf, named_family
 from bioinit.families._runtime import RUNTIME
+from bioinit.families._worlds import WINDOW
 from bioinit.families.protocol import Canonical
 from bioinit.layout import Dims
 from bioinit.rules import Each, Narrow, Part, Permute, Reinterpret, Rule, rename
@@ -198,19 +199,6 @@ def _is_mixtral(kind: Kind) -> bool:
     return kind._replace(window=False) == usual
 
 
-def _window_read(value: Any) -> int | None:
-    if value is None:
-        return None
-    left, right = value
-    if right not in (0, -1):
-        raise ValueError("attention does not look ahead")
-    return None if left == -1 else int(left)
-
-
-def _window_write(window: int | None) -> list[int] | None:
-    return None if window is None else [window, 0]
-
-
 def _ffn_read(said: Mapping[str, Any]) -> dict[str, Any]:
     # Where every layer has experts, the width of a plain MLP means nothing.
     return {"ffn_hidden_size": said["moe_ffn_hidden_size"] or said["ffn_hidden_size"]}
@@ -314,7 +302,7 @@ GPT = Gpt(
     joint={"nemo2": (_FFN, _LENGTH), "nemo1": (_FFN,), "megatron": (_FFN,)},
     only={"nemo2": _ONLY, "nemo1": _ONLY, "megatron": _ONLY},
     codecs={
-        "window_size": (_window_read, _window_write),
+        "window_size": WINDOW,
         "moe_input_jitter_eps": (lambda value: value or 0.0, lambda value: value or None),
     },
     mlp=_mlp_rules,
