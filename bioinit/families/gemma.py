@@ -14,6 +14,7 @@ from torch import nn
 
 from bioinit.backends.transformers.named import Translation
 from bioinit.config import TrainableModelConfig, derived, own
+from bioinit.errors import ConfigError
 from bioinit.families import _decoder, _megatron
 from bioinit.families._fields import Only
 from bioinit.families._gpt import Gpt
@@ -83,6 +84,11 @@ def _is_gemma(kind: Kind) -> bool:
 
 
 def _megatron_model(config: GemmaConfig) -> nn.Module:
+    if config.add_attention_bias:
+        raise ConfigError(
+            "add_attention_bias is True, and megatron-core has biases in attention and MLP alike or "
+            "in none. Leave model.backend out: transformers builds it."
+        )
     return gpt(
         config,
         TRANSLATION,

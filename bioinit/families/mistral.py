@@ -75,7 +75,9 @@ def _is_mistral(kind: Kind) -> bool:
 
 def _megatron_model(config: MistralConfig) -> nn.Module:
     window = config.window_size
-    return gpt(config, TRANSLATION, {"window_size": None if window is None else (window, 0)})
+    # Megatron counts the tokens before the one that looks; transformers counts that one too. What
+    # NeMo writes into a config is transformers' number, so its own runs see one token more.
+    return gpt(config, TRANSLATION, {"window_size": None if window is None else (window - 1, 0)})
 
 
 _AT = "nemo.collections.llm.gpt.model.mistral"
