@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bioinit import collector, formats
+from bioinit import collector, families, formats
 from bioinit.convert.models import check_model_id
 from bioinit.convert.options import Options
 from bioinit.convert.output import Beside, as_it_is, beside, put
@@ -130,8 +130,12 @@ def convert(
         require_free(destination, overwrite=overwrite, keep=keep)
         context = find_context(checkpoint, config)
         name = find_family(checkpoint, context, family)
+        given = dict(set or {})
+        if to == "neox" and hasattr(families.load(name).config, "model_parallel_size"):
+            # What NeoX pads its vocabulary to follows from it.
+            given.setdefault("model_parallel_size", partitions)
         with collector.paused():
-            described = describe(checkpoint, name, context, set or {}, architecture)
+            described = describe(checkpoint, name, context, given, architecture)
             if model_id is not None:
                 check_model_id(model_id, described)
             planned, side = _decide(described, options, tokenizer)

@@ -412,3 +412,25 @@ def test_partitions_that_are_written_are_read_back_and_loaded(tmp_path):
         live,
     )
     assert all(torch.equal(live[key], expected[key]) for key in live)
+
+
+def test_a_conversion_into_partitions_pads_the_vocabulary_and_comes_back(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    whole = {
+        key: value.float()
+        for key, value in spelled("hf", config_of(context(NEOX)), "gpt_neox.").items()
+    }
+    (tmp_path / "hf").mkdir()
+    save_file(whole, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(NEOX))
+    there, back = tmp_path / "neox", tmp_path / "back"
+    bioinit.convert(tmp_path / "hf", there, "neox", partitions=2)
+    said = yaml.safe_load((there / "configs" / "neox.yml").read_text())
+    assert said["model_parallel_size"] == 2  # 29 rows become 30, so that each half has 15
+    bioinit.convert(there, back, "hf", set={"vocab_size": 29})
+    again = load_file(back / "model.safetensors")
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+    with pytest.raises(ConfigError, match=r"NeMo 2 cannot"):
+        bioinit.convert(tmp_path / "hf", tmp_path / "nemo", "nemo2")

@@ -402,3 +402,15 @@ def test_the_tables_of_all_worlds_of_megatron_are_one():
     assert {name: table(name).rules for name in GPT.dialects()} == {
         name: table("nemo2").rules for name in ("nemo2", "nemo1", "bridge", "megatron")
     }
+
+
+def test_a_conversion_to_nemo_and_back_gives_every_expert_again(fixtures_dir, tmp_path):
+    from safetensors.torch import load_file
+
+    source = fixtures_dir / "hf" / "mixtral" / "safetensors"
+    bioinit.convert(source, tmp_path / "nemo", "nemo2")
+    bioinit.convert(tmp_path / "nemo", tmp_path / "back", "hf")
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    stored = load_file(source / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[key], value) for key, value in stored.items())
