@@ -2,8 +2,9 @@
 
 Two processes over gloo save a small model in each layout asked for, the first one writes all of it
 again with our reader and writer, in chunks and parts much smaller than any real one, and both load
-the two side by side into models of their own (``python megatron_opener.py FOLDER LAYOUT...``). What
-they find to differ ends the script.
+the two side by side into models of their own. What they find to differ ends the script.
+
+    python -m tests.formats.megatron_opener FOLDER LAYOUT...
 """
 
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from megatron_driver import LAYOUTS, VOCAB, WORLD, build, fill, save_torch_dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from bioinit.contexts import open_checkpoint
@@ -26,6 +26,7 @@ from bioinit.formats import load as load_format
 from bioinit.formats.protocol import Outgoing, WriteOptions
 from bioinit.formats.torch_dist import parts
 from bioinit.storage import Journal
+from tests.formats.megatron_driver import LAYOUTS, VOCAB, WORLD, build, fill, save_torch_dist
 
 parts.CHUNK_BYTES, parts.SMALLEST_PART = 700, 5000
 

@@ -25,7 +25,7 @@ from bioinit.formats.torch_dist.index import Index, read_index
 from bioinit.storage import File, Journal
 from tests.writing import Killed, Source, assert_same, read, values, write
 
-OPENER = Path(__file__).with_name("megatron_opener.py")
+OPENER = "tests.formats.megatron_opener"
 LAYOUTS = ("tp1", "tp2_swiglu", "pp2_swiglu_bf16", "ep2_moe")
 SECONDS = 240
 LAYERS = "module.decoder.layers"
@@ -131,7 +131,7 @@ def test_megatron_core_loads_it_into_models_of_several_layouts(tmp_path):
         pytest.skip("megatron-core opens what is written here")
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(OPENER), str(tmp_path), *LAYOUTS],
+        [sys.executable, "-W", "ignore", "-m", OPENER, str(tmp_path), *LAYOUTS],
         capture_output=True,
         text=True,
         timeout=SECONDS,
