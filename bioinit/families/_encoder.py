@@ -107,13 +107,13 @@ def table(config: Any, shapes: Mapping[str, Dims], norms: tuple[str, str]) -> li
             both(rule) for name in AFTER for rule in norm(f"{LAYER}.*.{name}.", f"{LAYER}.*.{name}")
         ]
         inside += [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
-        inside += norm(f"{_FIRST}.", _FIRST)
     heads = ("lm_head.dense", "lm_head.layer_norm", "pooler.dense", "binary_head")
     names = (POSITION, TYPE, *(f"{head}.{kind}" for head in heads for kind in KINDS))
     return [
         *embeddings(config, shapes),
         vocab("output_layer.bias", "output_layer.bias", config, shapes),
         *(rename(name, name) for name in names),
+        *norm(f"{_FIRST}.", _FIRST),
         *inside,
     ]
 

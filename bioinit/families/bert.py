@@ -237,6 +237,7 @@ FAMILY = dataclasses.replace(
             ),
         },
         _tensors,
+        absent={"megatron": "megatron-core's BERT normalizes before attention and MLP, not after"},
     ),
     apart={"biobert": _encoder.APART},
 )

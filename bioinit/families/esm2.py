@@ -21,7 +21,7 @@ from bioinit.families._nemo2 import Call
 from bioinit.families.protocol import Canonical, Dialect, ReadFields, Written
 from bioinit.layout import Dims
 from bioinit.record import SavedField
-from bioinit.rules import Rule, dropped
+from bioinit.rules import Rule, dropped, rename
 
 MODEL_TYPE = "esm"
 
@@ -165,9 +165,15 @@ def _tensors(config: Esm2Config) -> dict[str, Canonical]:
     }
 
 
+_CONTACTS = ("contact_head.regression.weight", "contact_head.regression.bias")
+
+
 def _table(config: TrainableModelConfig, shapes: Mapping[str, Dims], body: str) -> list[Rule]:
     return [
         *_encoder.table(config, shapes, _encoder.BEFORE),
+        # BioNeMo's model has no such head. Its loader reads what the model asks for, so that the
+        # head can lie in the checkpoint, and is there for whoever needs it.
+        *(rename(name, name) for name in _CONTACTS),
         dropped("rotary_pos_emb.inv_freq", "computed from the config"),
         *_encoder.own_heads(),
         *_encoder.older(config, shapes),
@@ -305,4 +311,8 @@ FAMILY = named_family(
         "nemo1": Dialect(_table, _spells, _is_esm2nv, _read_nemo1, fields=NEMO1.names),
     },
     _tensors,
+    absent={
+        "megatron": "megatron-core's BERT does not scale embeddings by the share of masked tokens "
+        "(token_dropout), as ESM-2 does"
+    },
 )

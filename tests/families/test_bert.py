@@ -134,3 +134,50 @@ def test_an_architecture_outside_the_table_is_left_to_auto():
     config = config_of(BERT, architecture="EsmForMaskedLM")
     with pytest.raises(ConfigError, match="is a class for 'esm'"):
         on_meta(config)
+
+
+def nemo2(name: str = "HuggingFaceBertBaseConfig", **fields) -> Context:
+    cls = f"nemo.collections.llm.bert.model.bert.{name}"
+    return Context("nemo2", "io.json", {"num_layers": 2} | fields, cls, raw={"canonical": cls})
+
+
+def test_nemo_s_own_bert_is_of_the_family_that_its_norms_say():
+    assert families.find(nemo2(), ()) == "bert"
+    assert families.find(nemo2("MegatronBertBaseConfig"), ()) == "biobert"
+    assert families.find(nemo2("BertConfig", bert_type="huggingface"), ()) == "bert"
+    shapes = {"module.embedding.word_embeddings.weight": (40, 768)}
+    fields = FAMILY.read_fields(nemo2(), shapes).fields
+    assert fields["hidden_size"].value == 768 and fields["num_tokentypes"].value == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [
+        ("masked_lm", (True, False, False)),
+        ("BertForPreTraining", (True, True, True)),
+        ("BertModel", (False, False, True)),
+        ("token_classification", (False, False, False)),
+    ],
+)
+def test_nemo_2_is_told_which_heads_there_are(architecture, heads):
+    import yaml
+
+    config = config_of(BERT, architecture=architecture)
+    written = FAMILY.dialects["nemo2"].write(config, {}, ())
+    said = yaml.safe_load(written.files["context/model.yaml"])["config"]
+    assert (said["add_lm_head"], said["bert_binary_head"], said["add_pooler"]) == heads
+    assert said["bert_type"] == "huggingface"
+
+
+def test_an_activation_that_the_head_of_nemo_has_not_is_refused():
+    with pytest.raises(ConfigError, match="activation is 'relu', which nemo2 cannot express"):
+        FAMILY.dialects["nemo2"].write(config_of(GENEFORMER), {}, ())
+
+
+def test_the_outer_bias_of_an_untied_head_is_a_tensor_of_its_own():
+    tied, untied = config_of(BERT), config_of(BERT | {"tie_word_embeddings": False})
+    for config, canonical in ((tied, "output_layer.bias"), (untied, "lm_head.bias")):
+        names = FAMILY.names(config, on_meta(config), "hf", {})
+        (placed,) = names.disk.place("cls.predictions.bias", ((),))
+        assert placed.key == canonical
+    assert FAMILY.tensors(untied)["lm_head.bias"].kind == "zero"

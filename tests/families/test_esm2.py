@@ -188,3 +188,119 @@ def test_names_alone_tell_an_esm_checkpoint():
     stored = ["esm.encoder.emb_layer_norm_after.weight", "lm_head.bias"]
     assert FAMILY.dialect_of(stored) == "hf" and families.find(None, stored) == "esm2"
     assert FAMILY.dialect_of(["bert.embeddings.LayerNorm.weight"]) is None
+
+
+def nemo2(name: str = "model.ESM2Config", **fields) -> Context:
+    small = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4}
+    cls = f"bionemo.esm2.model.{name}"
+    tokenizer = {"_target_": "bionemo.esm2.data.tokenizer.BioNeMoESMTokenizer"}
+    tree = {"model": {"model_construct_args": {"tokenizer": tokenizer}}}
+    return Context("nemo2", "io.json", small | fields, cls, tree, {"canonical": cls})
+
+
+PADDED = {"module.embedding.word_embeddings.weight": (128, 16)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.ESM2Config",
+        "finetune.sequence_model.ESM2FineTuneSeqConfig",
+        "finetune.token_model.ESM2FineTuneTokenConfig",
+    ],
+)
+def test_configs_of_bionemo_are_known_and_their_alphabet_with_them(name):
+    saved = nemo2(name, cnn_num_classes=3, mlp_target_size=1)
+    assert FAMILY.recognizes(saved)
+    result = FAMILY.read_fields(saved, PADDED)
+    assert {f.name: f.fate for f in result.account}["cnn_num_classes"] == "ignored"
+    values = {name: field.value for name, field in result.fields.items()}
+    assert (values["vocab_size"], values["pad_token_id"], values["mask_token_id"]) == (33, 1, 32)
+    assert values["seq_length"] == 1024 and values["token_dropout"] is True
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("position_embedding_type", "learned_absolute", "another number"),
+        ("use_attention_mask", False, "counts for nothing"),
+        ("normalize_attention_scores", True, "scaled once"),
+        ("activation_func", "torch.nn.functional.relu", "has gelu"),
+        ("rotary_percent", 0.5, "all channels"),
+    ],
+)
+def test_what_makes_another_model_of_bionemo_is_refused(field, value, why):
+    with pytest.raises(ConfigError, match=f"{field}.*{why}"):
+        FAMILY.read_fields(nemo2(**{field: value}), PADDED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pad_token_id", 0), ("mask_token_id", 4), ("emb_layer_norm_before", True)],
+)
+def test_what_bionemo_has_no_word_for_is_refused(field, value):
+    config = config_of(ESM2 | {field: value})
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}, which nemo2 cannot express"):
+        FAMILY.dialects["nemo2"].write(config, {}, ())
+
+
+def test_a_vocabulary_is_padded_to_any_multiple():
+    import dataclasses
+
+    for divisor, rows in ((8, 40), (16, 48), (33, 33), (10, 40), (128, 128)):
+        config = dataclasses.replace(config_of(ESM2), make_vocab_size_divisible_by=divisor)
+        names = FAMILY.names(config, on_meta(config), "nemo2", {})
+        shapes = {"embedding.word_embeddings.weight": (33, 16), "output_layer.bias": (33,)}
+        assert names.disk.spelled_out(shapes) == {
+            "embedding.word_embeddings.weight": (rows, 16),
+            "output_layer.bias": (rows,),
+        }
+
+
+def test_heads_of_bionemo_are_known_and_left_behind():
+    config = config_of(ESM2)
+    names = FAMILY.names(config, on_meta(config), "nemo2", {})
+    for key in ("regression_head.linear_layers.0.weight", "classification_head.class_heads.bias"):
+        assert names.disk.place(key, ()) == [] and not names.disk.rule_for(key).parts
+    assert names.disk.place("language_model.rotary_pos_emb.inv_freq", ()) == []
+
+
+def test_esm_2_of_bionemo_1_is_known_by_what_only_it_has():
+    small = {
+        "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4,
+        "max_position_embeddings": 20, "position_embedding_type": "rope", "hidden_dropout": 0,
+        "attention_dropout": 0.0, "embedding_token_dropout": True, "bert_binary_head": False,
+        "embedding_use_attention_mask": True, "normalize_attention_scores": False,
+        "esm_gelu": True, "use_esm_attention": True, "mask_token_id": 32,
+    }  # fmt: skip
+    saved = Context("nemo1", "model_config.yaml", small, "pkg.ESM2nvModel")
+    assert families.find(saved, ()) == "esm2"
+    shapes = {"model.language_model.embedding.word_embeddings.weight": (33, 16)}
+    result = FAMILY.read_fields(saved, shapes)
+    assert not [f for f in result.account if f.fate == "carried"]
+    assert result.fields["token_dropout"].value is True and result.fields["seq_length"].value == 20
+
+
+def test_partitions_of_bionemo_start_the_same_classifier(fixtures_dir):
+    import bioinit
+
+    started = {}
+    for name in ("esm2_tp1", "esm2_tp2"):  # 40 and 48 rows for 33 tokens
+        words = [f"model.initial_ckpt_path={fixtures_dir / 'nemo2' / name}", "model.num_labels=3"]
+        made = bioinit.initialize(bioinit.compose("esm2/token_classification", words))
+        assert isinstance(made.model, transformers.EsmForTokenClassification)
+        started[name] = made.model.state_dict()
+    one, other = started.values()
+    assert one["esm.embeddings.word_embeddings.weight"].shape == (33, 32)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_every_field_that_bionemo_saves_is_accounted_for(fixtures_dir):
+    import bioinit
+
+    with bioinit.open_checkpoint(fixtures_dir / "nemo2" / "esm2_tp1") as checkpoint:
+        result = FAMILY.read_fields(checkpoint.context, PADDED)
+        assert set(checkpoint.context.data) <= {field.name for field in result.account}
+    assert {field.fate for field in result.account} == {"mapped", "ignored"}
+    assert all(field.note for field in result.account)
