@@ -37,9 +37,11 @@ MOVED = {
 }
 
 _NEMO_FAMILIES = (
-    (r"(?:Code)?[Ll]lama\d*Config\w*", "llama.LlamaConfig"),
     (r"(?:MLPerf)?Llama4\w*Config\w*", "llama.Llama4Config"),
-    (r"Mistral(?:NeMo)?Config\w*", "mistral.MistralConfig7B"),
+    (r"(?:Code)?[Ll]lama\d*Config\w*", "llama.LlamaConfig"),
+    # The other Llama-Nemotrons have layers that differ from one another.
+    (r"Llama31Nemotron(?:Nano8B|70B)Config", "llama.LlamaConfig"),
+    (r"Mistral(?:NeMo)?(?:2407)?Config\w*", "mistral.MistralConfig7B"),
     (r"MixtralConfig\w*", "mixtral.MixtralConfig"),
     (r"Nemotron\d*Config\w*", "nemotron.NemotronConfig"),
     (r"CodeGemmaConfig\w*|GemmaConfig\w*", "gemma.GemmaConfig"),
@@ -56,8 +58,12 @@ _NEMO_FAMILIES = (
     (r"(?:Nv)?Hyena\w*Config\w*", "hyena.HyenaConfig"),
 )
 _BRIDGE_FAMILIES = (
+    (r"Llama4\w*ModelProvider\w*", "llama.llama_provider.Llama4ModelProvider"),
     (r"(?:Code)?Llama\d*ModelProvider\w*", "llama.llama_provider.LlamaModelProvider"),
-    (r"MistralModelProvider\w*", "mistral.mistral_provider.MistralModelProvider"),
+    (r"Mistral(?:Small3)?ModelProvider\w*", "mistral.mistral_provider.MistralModelProvider"),
+    (r"(?:Code)?GemmaModelProvider\w*", "gemma.gemma_provider.GemmaModelProvider"),
+    (r"Gemma2ModelProvider\w*", "gemma.gemma2_provider.Gemma2ModelProvider"),
+    (r"Nemotron\d?ModelProvider\w*", "nemotron.nemotron_provider.NemotronModelProvider"),
     (r"Qwen2\d?ModelProvider\w*", "qwen.qwen_provider.Qwen2ModelProvider"),
     (r"Qwen3MoEModelProvider\w*", "qwen.qwen_provider.Qwen3MoEModelProvider"),
     (r"Qwen3ModelProvider\w*", "qwen.qwen_provider.Qwen3ModelProvider"),

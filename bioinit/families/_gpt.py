@@ -214,14 +214,17 @@ class Gpt:
 
 
 def _whole(fields: Mapping[str, SavedField]) -> dict[str, SavedField]:
-    """``fields``, with the width that Megatron gives an MLP if nobody says it."""
+    """``fields``, with what Megatron makes of those that nobody says."""
     found = dict(fields)
-    ffn = found.get("ffn_hidden_size")
-    if ffn is None or ffn.value is None:
-        hidden = found["hidden_size"]
-        found["ffn_hidden_size"] = hidden._replace(
-            value=4 * hidden.value, literal=False, where=f"4 * {hidden.where}"
-        )
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    made = {
+        "ffn_hidden_size": (4 * hidden.value, f"4 * {hidden.where}"),
+        "num_query_groups": (heads.value, heads.where),
+        "kv_channels": (hidden.value // max(heads.value, 1), f"{hidden.where} / {heads.where}"),
+    }
+    for name, (value, where) in made.items():
+        if name not in found or found[name].value is None:
+            found[name] = SavedField(value, False, where)
     return found
 
 

@@ -86,8 +86,8 @@ def _is_gemma(kind: Kind) -> bool:
 def _megatron_model(config: GemmaConfig) -> nn.Module:
     if config.add_attention_bias:
         raise ConfigError(
-            "add_attention_bias is True, and megatron-core has biases in attention and MLP alike or "
-            "in none. Leave model.backend out: transformers builds it."
+            "add_attention_bias is True, and megatron-core has biases in attention and MLP alike. "
+            "Leave model.backend out: transformers builds it."
         )
     return gpt(
         config,

@@ -147,6 +147,8 @@ CLASSES: dict[str, dict[str, Any]] = {
     "Llama31Config405B": _sized(126, 16384, 128, 53248, **_LLAMA31),
     "Llama32Config1B": _sized(16, 2048, 32, 8192, **_LLAMA32),
     "Llama32Config3B": _sized(28, 3072, 24, 8192, **_LLAMA32),
+    "Llama31NemotronNano8BConfig": _sized(32, 4096, 32, 14336, **_LLAMA31, kv_channels=128),
+    "Llama31Nemotron70BConfig": _sized(80, 8192, 64, 28672, **_LLAMA31, kv_channels=128),
     "CodeLlamaConfig7B": {**_LLAMA_2_7B, **_CODE},
     "CodeLlamaConfig13B": {**_LLAMA_2_13B, **_CODE},
     "CodeLlamaConfig34B": _sized(48, 8192, 64, 22016, **_CODE),
@@ -154,9 +156,20 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 """NeMo 2's classes, and what each sets."""
 
-BRIDGE = {name.replace("Config", "ModelProvider"): sets for name, sets in CLASSES.items()} | {
-    f"Llama32ModelProvider{size}": {**CLASSES[f"Llama32Config{size}"], "seq_length": 131072}
-    for size in ("1B", "3B")
+
+def _in_bridge(name: str, sets: dict[str, Any]) -> dict[str, Any]:
+    """What Bridge's class sets: positions are scaled by a switch, and 3.2 is as long as 3.1."""
+    if "scale_factor" not in sets:
+        return sets
+    kept = {key: value for key, value in sets.items() if key not in _SCALED}
+    length = {"seq_length": 131072} if "Llama32" in name else {}
+    scaled = {"rope_scaling": True, "rope_scaling_factor": sets["scale_factor"]}
+    return {**kept, "init_method_std": sets["init_method_std"], **length, **scaled}
+
+
+BRIDGE = {
+    name.replace("Config", "ModelProvider"): _in_bridge(name, sets)
+    for name, sets in CLASSES.items()
 }
 """Megatron-Bridge's, which are called by another word."""
 
