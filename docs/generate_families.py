@@ -22,9 +22,11 @@ from bioinit.rules import Each, Narrow, Part, Permute, Reinterpret, Rule, Unflat
 INTRODUCTION = """# Families: names, layouts and fields in every dialect
 
 A family has one canonical space; each dialect is a table that leads there and back. A `*` stands for the number of a layer
-or an expert. *Written* is the spelling that `bioinit convert` writes; every name in *read as well* is read. Where a layout is
-more than another name, it says how: `rows [0, 4) of (6, 8)` is a part of a dim after it was split, *stacked* means that
-one tensor holds all layers on its first dim, *padded* that rows beyond the vocabulary are zero and dropped.
+or an expert, and `BODY.` for what transformers puts before the body (`model.`, `esm.`, `bert.`, ... or nothing). *Written* is
+the spelling that `bioinit convert` writes; every name in *read as well* is read, with the layout that its shape tells.
+Where a layout is more than another name, it says how: `rows as (2, 4, 8), [2, 3) of dim 1` is a part of a dim that was
+split, *stacked* means that one tensor holds all layers on its first dim, *padded* that rows beyond the vocabulary are zero
+and dropped. Sizes are those of a small config: 2 layers, hidden 32, 4 heads in 2 groups, 48 in the MLP, 4 experts.
 
 This page is made by `python docs/generate_families.py > docs/families.md` from the rules themselves.
 """
@@ -100,10 +102,21 @@ def rows(rules: Iterable[Rule], canonical: dict[str, Canonical]) -> Iterator[str
             for part in rule.parts
             if part.pattern.match(key) is not None
         ]
-        spelled = [f"`{rule.pattern_text}`{how(rule, part)}" for rule, part in found]
         kept = "" if tensor.kind == "needed" else f" ({tensor.kind})"
-        first, others = (spelled[0], spelled[1:]) if spelled else ("not there", [])
-        yield f"| `{kind}`{kept} | {first} | {', '.join(dict.fromkeys(others))} |"
+        first = "not there"
+        if found:
+            rule, part = found[0]
+            first = f"`{rule.pattern_text}`{how(rule, part)}"
+        others = dict.fromkeys(
+            f"`{rule.pattern_text}`" + (how(rule, part) if is_turned(part) else "")
+            for rule, part in found[1:]
+        )
+        yield f"| `{kind}`{kept} | {first} | {', '.join(others)} |"
+
+
+def is_turned(part: Part) -> bool:
+    """Whether the layout is another one than that of the spelling that is written."""
+    return any(isinstance(op, Permute | Reinterpret) for op in part.ops)
 
 
 def how(rule: Rule, part: Part) -> str:
@@ -112,7 +125,7 @@ def how(rule: Rule, part: Part) -> str:
     sizes: Dims = ()
     for op in part.ops:
         if isinstance(op, Each):
-            words.append("stacked" if not words else "experts on a dim")
+            words.append("experts on a dim" if op.wildcard else "stacked")
         elif isinstance(op, Reinterpret):
             words.append(f"read as {op.now}")
         elif isinstance(op, Permute):
@@ -138,12 +151,18 @@ def fields(name: str, dialects: dict[str, Dialect] | Any) -> Iterator[str]:
     shown = {key: dialect.fields for key, dialect in dialects.items() if dialect.fields}
     if not shown:
         return
-    ours = dict.fromkeys(o for table in shown.values() for o in table.values())
+    shown = {
+        key: {theirs: own.split(", ") for theirs, own in table.items()}
+        for key, table in shown.items()
+    }
+    ours = dict.fromkeys(
+        one for table in shown.values() for own in table.values() for one in own if one
+    )
     yield f"### {name}: fields\n"
     yield f"| field | {' | '.join(shown)} |\n|---|{'---|' * len(shown)}"
     for field in ours:
         cells = [
-            ", ".join(f"`{theirs}`" for theirs, own in table.items() if own == field)
+            ", ".join(f"`{theirs}`" for theirs, own in table.items() if field in own)
             for table in shown.values()
         ]
         yield f"| `{field}` | {' | '.join(cells)} |"
