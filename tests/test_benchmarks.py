@@ -67,3 +67,24 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path):
     )
     assert done.returncode == 0
     assert "no CUDA device" in done.stdout
+
+
+def test_converting_is_held_against_plain_torch(tmp_path):
+    pytest.importorskip("transformers")
+    document = tmp_path / "all.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(BENCHMARK.with_name("convert.py")), "--quick"),
+            *("--work", str(tmp_path), "--json", str(document)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(document.read_text())
+    assert list(found) == ["hf to nemo2", "nemo2 to hf"]
+    for direction, ways in found.items():
+        for name, runs in ways.items():
+            assert f"| {direction} | {name} |" in done.stdout
+            assert all(run["seconds"] > 0 for run in runs)
