@@ -21,7 +21,7 @@ from bioinit import collector, families, formats
 from bioinit.convert.models import check_model_id
 from bioinit.convert.options import Options
 from bioinit.convert.output import Beside, as_it_is, beside, put
-from bioinit.convert.source import Source, describe, find_context, find_family, writers
+from bioinit.convert.source import Source, describe, find_context, find_family
 from bioinit.convert.tables import Planned, plan, plan_as_it_is
 from bioinit.convert.zeros import require_zeros
 from bioinit.families import open_checkpoint
@@ -29,8 +29,10 @@ from bioinit.families.protocol import SourceField, Written
 from bioinit.formats.protocol import Outgoing, WriteOptions
 from bioinit.load.stream import Stream
 from bioinit.plan import LoadPlan
+from bioinit.plan.spelled import common_dtype
 from bioinit.report import human_bytes, printable, raise_for, render_claims
 from bioinit.save import carry, with_receipt
+from bioinit.save.worlds import writers
 from bioinit.storage import Journal, require_free, resumable_folder
 from bioinit.version import __version__
 
@@ -181,7 +183,7 @@ def _decide(
     planned = plan(source, options.to, options.dtype, options.drop)
     # Names that do not fit are the better message than a field that the other world lacks.
     raise_for(planned.plan.problems, "the conversion has")
-    return planned, beside(source, options.to, tokenizer, planned.common_dtype)
+    return planned, beside(source, options.to, tokenizer, common_dtype(planned.plan))
 
 
 def _write(

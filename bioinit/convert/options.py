@@ -7,14 +7,10 @@ from typing import NamedTuple, Self
 
 import torch
 
-from bioinit import formats
 from bioinit.config import Placement
 from bioinit.errors import ConfigError
-from bioinit.keys import suggestion
 from bioinit.record import build, make_record
-
-FORMATS = {"hf": "safetensors", "nemo2": "torch_dist", "neox": "neox"}
-"""The format that goes with a dialect unless somebody asks for another."""
+from bioinit.save.worlds import format_for
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _STEPS = "KMGT"
@@ -45,13 +41,7 @@ class Options(NamedTuple):
         Raises:
             ConfigError: one of them means nothing.
         """
-        writing = [name for name, found in formats.SIBLINGS.usable() if found.write is not None]
-        chosen = format or FORMATS.get(to, FORMATS["hf"])
-        if chosen not in writing:
-            raise ConfigError(
-                f"nothing is written in the format {chosen!r}. {suggestion(chosen, writing)} "
-                f"Choose from {', '.join(sorted(writing))}."
-            )
+        chosen = format_for(to, format)
         if partitions < 1:
             raise ConfigError(f"partitions={partitions}: there must be one at least.")
         place: Placement = build(make_record(Placement, {"dtype": dtype}, at="convert"))

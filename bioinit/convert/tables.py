@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from bioinit.config import InitPolicy
-from bioinit.convert.source import Source, writers
-from bioinit.errors import ConfigError, MappingError, Problem
+from bioinit.convert.source import Source
+from bioinit.errors import Problem
 from bioinit.families.protocol import Canonical
 from bioinit.formats._filling import SLAB_BYTES
-from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import solved
-from bioinit.keys import template
-from bioinit.layout import Box, Dims, numel
+from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
 from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model
 from bioinit.plan import plan as plan_load
+from bioinit.plan.spelled import Held, spelled_targets, whole_target
 from bioinit.prefixes import Spelling
+from bioinit.save.worlds import writer
 from bioinit.storage import worker_count
-from bioinit.targets import Target
 from bioinit.transforms.claims import across, promised
 from bioinit.version import __version__
 
-_HEAD = {"needed": 0, "zero": 0}
 _CURES = {
     "unclaimed": "Give the config that the weights were trained with (--config FILE, --set "
     "FIELD=VALUE), or convert a checkpoint that has all of it.",
@@ -47,15 +45,6 @@ class Planned:
     plan: LoadPlan
     zeros: tuple[str, ...] = ()
 
-    @property
-    def common_dtype(self) -> torch.dtype | None:
-        """The floating dtype that most elements will have."""
-        counts: dict[torch.dtype, int] = {}
-        for target in self.plan.targets.values():
-            if target.dtype.is_floating_point:
-                counts[target.dtype] = counts.get(target.dtype, 0) + numel(target.claim.shape)
-        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
-
 
 def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]) -> Planned:
     """Decide which element of the source goes where in the dialect ``to``.
@@ -65,8 +54,8 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
         AmbiguousFormat: the stored names can be read in two ways.
     """
     family, config = source.family, source.config
-    if to not in writers(family) or family.tensors is None:
-        raise _unwritten(source, to)
+    writer(family, source.name, to)
+    assert family.tensors is not None  # it is written
     space = family.tensors(config)
     body = family.body(config)
     table = Table(family.dialects[to].rules(config, {}, body))
@@ -77,17 +66,11 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
 
     wanted = {name: canonical.shape for name, canonical in space.items()}
     names, spelling = solved(names_of, tuple(table.spelled_out(wanted)), source.shapes)
-    held = _Held(source.checkpoint.tensors, names.disk, spelling)
+    held = Held(source.checkpoint.tensors, names.disk, spelling.spell)
     made = promised(names.disk, map(spelling.spell, source.shapes), wanted)
-    chosen = {
-        name: canonical.shape
-        for name, canonical in space.items()
-        if canonical.kind in _HEAD or name in held.extents or name in made
-    }
-    known = {template(name) for name in space}
-    chosen |= {k: shape for k, shape in held.extents.items() if template(k) not in known}
+    chosen = held.chosen(space, made)
     names, written = across(names, source.shapes, chosen, spelling.spell)
-    targets = _targets(written, table, held)
+    targets = spelled_targets(written, table, held)
     planned = plan_load(
         Model(targets, lambda key: "nothing"),
         source.checkpoint.tensors,
@@ -111,7 +94,7 @@ def plan_as_it_is(source: Source, dtype: torch.dtype | None, drop: Sequence[str]
     stored = source.checkpoint.tensors
     identity = Table.identity()
     targets = {
-        name: _target(name, tensor.shape, tensor.dtype)
+        name: whole_target(name, tensor.shape, tensor.dtype)
         for name, tensor in stored.items()
         if tensor.kind == "weight"
     }
@@ -148,61 +131,20 @@ def _finished(planned: LoadPlan, source: Source, problems: Sequence[Problem]) ->
     )
 
 
-class _Held:
-    """The canonical tensors that a checkpoint holds: how far they reach, and their dtypes."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor], disk: Table, spelling: Spelling) -> None:
-        self.extents: dict[str, Dims] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.by_name: dict[str, tuple[str, ...]] = {}
-        for name, tensor in stored.items():
-            if tensor.kind != "weight":
-                continue
-            try:
-                placed = disk.place(spelling.spell(name), (Box.contiguous(tensor.shape),)) or []
-            except MappingError:
-                continue  # the plan says so
-            self.by_name[name] = tuple(dict.fromkeys(key for key, _, _ in placed))
-            for key, box, _ in placed:
-                ends = tuple(map(int.__add__, box.offsets, box.sizes))
-                before = self.extents.get(key, ends)
-                same = len(before) == len(ends)
-                self.extents[key] = tuple(map(max, before, ends)) if same else before
-                self.dtypes.setdefault(key, tensor.dtype)
-
-
-def _targets(spelled: Mapping[str, Dims], table: Table, held: _Held) -> dict[str, Target]:
-    found = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for key, shape in spelled.items():
-        kind = template(key)
-        if kind not in dtypes:
-            placed = table.place(key, (Box.contiguous(shape),)) or []
-            known = (held.dtypes[name] for name, _, _ in placed if name in held.dtypes)
-            dtypes[kind] = next(known, torch.float32)
-        found[key] = _target(key, shape, dtypes[kind])
-    return found
-
-
-def _target(key: str, shape: Dims, dtype: torch.dtype) -> Target:
-    return Target(key, shape, dtype, (Box.contiguous(shape),), False, True, None)
-
-
 def _left(
-    planned: LoadPlan, held: _Held, space: Mapping[str, Canonical], table: Table, to: str
+    planned: LoadPlan, held: Held, space: Mapping[str, Canonical], table: Table, to: str
 ) -> tuple[list[Problem], tuple[str, ...]]:
     """What becomes of stored tensors that no target wanted: problems, and those to be zero."""
     problems: list[Problem] = []
     zeros: list[str] = []
     for name, shape, dtype in planned.unused:
         keys = held.by_name.get(name, ())
-        kinds = {space[key].kind for key in keys if key in space}
-        if keys and len(kinds) == 1 and all(key in space for key in keys):
-            if kinds == {"computed"}:
-                continue
-            if kinds == {"zero"}:
-                zeros.append(name)
-                continue
+        kind = held.kind_of(name, space)
+        if kind == "computed":
+            continue
+        if kind == "zero":
+            zeros.append(name)
+            continue
         if not keys:
             why = "nobody knows it"
         elif any(table.spells(key) for key in keys):
@@ -239,22 +181,6 @@ def _in_words(problem: Problem) -> Problem:
     cure = _CURES.get(problem.kind, problem.cure)
     message = problem.message.replace(SKIP_LIST, "--drop")
     return dataclasses.replace(problem, message=message, cure=cure)
-
-
-def _unwritten(source: Source, to: str) -> ConfigError:
-    known: Collection[str] = writers(source.family)
-    why = source.family.absent.get(to)
-    if not known:
-        return ConfigError(
-            f"the family {source.name!r} has no tables of other worlds: its models stay in the "
-            f"dialect they are in, and {to!r} is another. A family of its own in the entry-point "
-            "group bioinit.families adds them."
-        )
-    return ConfigError(
-        f"the family {source.name!r} cannot be written in the dialect {to!r}"
-        + (f": {why}. " if why else ". ")
-        + f"Choose from {', '.join(known)}."
-    )
 
 
 __all__ = ["Planned", "plan", "plan_as_it_is"]
