@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bioinit.contexts import SIDECAR, TOKENIZER_FILES
-from bioinit.convert.source import Source
+from bioinit.convert.source import OURS, Source
 from bioinit.errors import StorageError
 from bioinit.families.protocol import Written
+from bioinit.record import specs
 from bioinit.storage import File, Folder
 
 _AT_THE_TOP = ("hf",)
@@ -25,6 +26,7 @@ _SAYS_DTYPE: Mapping[str, Callable[[torch.dtype], Mapping[str, Any]]] = {
     },
 }
 _CONTEXT = "context"
+_SCALAR = (str, int, float, bool, type(None))
 
 
 class Beside(NamedTuple):
@@ -66,13 +68,32 @@ def beside(
         name: "/".join(filter(None, (written.tokenizer if name in names else elsewhere, name)))
         for name in files
     }
-    carried = {dialect: fields for dialect, fields in source.carried.items() if dialect != to}
+    apart = (to, OURS)
+    carried = {
+        dialect: fields for dialect, fields in source.carried.items() if dialect not in apart
+    }
+    unsaid = _unsaid(source, to)
+    if unsaid:
+        carried[OURS] = unsaid
     moved = {name: place for name, place in places.items() if name != place}
     made = dict(written.files)
     if carried or moved:
         document = {"carried": carried, "files": moved}
         made[SIDECAR] = json.dumps(document, indent=1, default=str).encode() + b"\n"
     return Beside(written, made, {places[name]: file for name, file in files.items()}, homes)
+
+
+def _unsaid(source: Source, to: str) -> dict[str, Any]:
+    """Fields of ours that the dialect ``to`` has no word for."""
+    said = {*source.family.dialects[to].fields.values(), "extra"}
+    found = {}
+    for name, spec in specs(type(source.config)).items():
+        value = getattr(source.config, name)
+        if name in said or spec.marks.own or not isinstance(value, _SCALAR):
+            continue
+        if spec.marks.derive is None:
+            found[name] = value
+    return found
 
 
 def as_it_is(source: Source, tokenizer: str | Path | None, dtype: torch.dtype | None) -> Beside:

@@ -19,7 +19,7 @@ from bioinit.record import Origin, build, make_record
 from bioinit.report import raise_for
 
 _FORGOTTEN = ("carried", "unknown")
-_OURS = "bioinit"
+OURS = "bioinit"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _carried(context: Context | None, saved: ReadFields | None) -> dict[str, Map
     if context is None or saved is None:
         return {}
     found = {dialect: dict(fields) for dialect, fields in context.sidecar.items()}
-    if context.dialect == _OURS:
+    if context.dialect == OURS:
         return dict(found)
     own = {
         field.name: context.data[field.name]

@@ -33,6 +33,7 @@ from bioinit.families.protocol import (
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
+from bioinit.record import SavedField, specs
 from bioinit.rules import Rule
 
 Config = TrainableModelConfig
@@ -79,7 +80,8 @@ def named_family(
                 f"{context.where} describes {context.model!r}, which {config.__name__} does not "
                 "stand for. `bioinit inspect` says which family it is of."
             )
-        return dialects[saved.dialect].read(saved, shapes or {})
+        read = dialects[saved.dialect].read(saved, shapes or {})
+        return _recalled(read, context.sidecar.get("bioinit", {}), config, context.where)
 
     def is_megatron(asked: Config) -> bool:
         if asked.backend == MEGATRON and megatron is None:
@@ -144,6 +146,18 @@ def named_family(
         absent=absent or {},
         body=translation.body,
     )
+
+
+def _recalled(
+    read: ReadFields, carried: Mapping[str, Any], config: type[Config], where: str
+) -> ReadFields:
+    """``read``, with fields of ours that it does not state and an earlier conversion noted."""
+    known = specs(config)
+    fields = dict(read.fields)
+    for name, value in carried.items():
+        if name in known and not (name in fields and fields[name].literal):
+            fields[name] = SavedField(value, True, f"what was carried along beside {where}: {name}")
+    return read._replace(fields=fields)
 
 
 def hf(

@@ -181,3 +181,21 @@ def test_the_outer_bias_of_an_untied_head_is_a_tensor_of_its_own():
         (placed,) = names.disk.place("cls.predictions.bias", ((),))
         assert placed.key == canonical
     assert FAMILY.tensors(untied)["lm_head.bias"].kind == "zero"
+
+
+def test_what_nemo_2_has_no_word_for_is_carried_there_and_back(tmp_path):
+    import json
+
+    import bioinit
+
+    hf = transformers.BertConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=24, max_position_embeddings=20, pad_token_id=3, classifier_dropout=0.25,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(hf).save_pretrained(tmp_path / "hf")
+    bioinit.convert(tmp_path / "hf", tmp_path / "nemo2", "nemo2")
+    bioinit.convert(tmp_path / "nemo2", tmp_path / "back", "hf")
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back")
+    )
+    assert {key: after.get(key) for key in before} == before
