@@ -311,14 +311,11 @@ GPT = Gpt(
 
 
 def _megatron_model(config: MixtralConfig) -> nn.Module:
-    if config.window_size is not None:
-        raise ConfigError(
-            f"window_size={config.window_size}: with it, a token of transformers' model sees so "
-            "many tokens, itself among them, and one of megatron-core's sees one more. Leave "
-            "model.backend out: transformers builds it."
-        )
     fields = {name: getattr(config, name) for name in ("num_moe_experts", *_SAME)}
     fields["moe_input_jitter_eps"] = config.moe_input_jitter_eps or None
+    if config.window_size is not None:
+        # It counts what is before a token here, and the token as well in transformers.
+        fields["window_size"] = (config.window_size - 1, 0)
     return gpt(config, TRANSLATION, fields)
 
 
