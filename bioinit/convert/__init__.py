@@ -166,6 +166,7 @@ def convert(
                     "output": {"dialect": options.to, "format": options.format},
                     "source_fields": [field._asdict() for field in account],
                 },
+                _digested(journal, side.written.weights),
             )
     return Converted(Path(destination), planned.plan, account, receipt)
 
@@ -200,6 +201,15 @@ def _write(
         common=written.common,
     )
     write(weights, tensors, given, journal)
+
+
+def _digested(journal: Journal, weights: str) -> dict[str, str]:
+    """The digests that a writer noted for its files, by their paths in the output."""
+    return {
+        f"{weights}/{name}".lstrip("/"): note["sha256"]
+        for name, note in journal.notes.items()
+        if isinstance(note, dict) and "sha256" in note
+    }
 
 
 def _work(source: Source, options: Options, side: Beside, tensors: Sequence[Outgoing]) -> str:

@@ -8,6 +8,7 @@ one does not wait for the others; who does the last task of a unit finishes it.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ SLAB_BYTES = 16 * 2**20
 """What a thread asks for at once: with eight of them, half of what a conversion may need."""
 
 
+_DIGESTED_AT_ONCE = 2**20  # it is still in the cache of the processor that read it
 _CANNOT_PROMISE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 
@@ -53,6 +55,49 @@ class Desk:
 
 
 Task = Callable[[Desk], None]
+
+
+class Following:
+    """The SHA-256 of a file that several threads are writing, in any order.
+
+    Whoever has written a slab carries on where the digest stands, as far as the file is written
+    without a gap; so it is done soon after the last byte, and no thread only waits for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sum = hashlib.sha256()
+        self._at = 0
+        self._ends: dict[int, int] = {}
+        self._turn = threading.Lock()
+
+    def written(self, begin: int, end: int) -> None:
+        """The bytes from ``begin`` to ``end`` are in the file."""
+        self._ends[begin] = end
+        if self._turn.acquire(blocking=False):
+            try:
+                self._go_on()
+            finally:
+                self._turn.release()
+
+    def result(self) -> str:
+        """The digest, once everything is written."""
+        with self._turn:
+            self._go_on()
+        return self._sum.hexdigest()
+
+    def _go_on(self) -> None:
+        if self._at not in self._ends:
+            return
+        with writing(self._path), open(self._path, "rb", buffering=0) as file:
+            while (end := self._ends.pop(self._at, None)) is not None:
+                file.seek(self._at)
+                while self._at < end:
+                    data = file.read(min(end - self._at, _DIGESTED_AT_ONCE))
+                    if not data:
+                        raise OSError(errno.EIO, "the file ended early")
+                    self._sum.update(data)
+                    self._at += len(data)
 
 
 def _nothing(desk: Desk) -> None:

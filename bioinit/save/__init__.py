@@ -23,6 +23,7 @@ from bioinit.storage import File, Folder, Journal, atomic_folder, worker_count
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
+_NOTHING: Mapping[str, str] = {}
 
 
 def save(
@@ -80,13 +81,20 @@ def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) ->
         (folder / name).write_bytes(file.read(0, file.size))
 
 
-def with_receipt(folder: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
+def with_receipt(
+    folder: Path, receipt: Mapping[str, Any], known: Mapping[str, str] = _NOTHING
+) -> dict[str, Any]:
     """Write ``receipt`` with the digests of all files of ``folder`` into it, and return it.
+
+    Args:
+        folder: what will be the output.
+        receipt: the rest of it.
+        known: digests that were made while files were written, by their paths in ``folder``.
 
     Raises:
         StorageError: a file cannot be read.
     """
-    document = {**receipt, "files": _digests(folder)}
+    document = {**receipt, "files": _digests(folder, known)}
     (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
     return document
 
@@ -168,10 +176,10 @@ def _files_in(folder: Path) -> Iterator[str]:
             yield (Path(directory) / name).relative_to(folder).as_posix()
 
 
-def _digests(folder: Path) -> list[dict[str, Any]]:
+def _digests(folder: Path, known: Mapping[str, str]) -> list[dict[str, Any]]:
     names = [name for name in _files_in(folder) if name != Journal.NAME]  # it is gone in the end
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="bioinit") as pool:
-        found = pool.map(_digest, (folder / name for name in names))
+        found = pool.map(lambda name: known.get(name) or _digest(folder / name), names)
         return [
             {"path": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
             for name, digest in zip(names, found, strict=True)

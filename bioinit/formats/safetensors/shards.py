@@ -21,6 +21,7 @@ from bioinit.errors import ConfigError
 from bioinit.formats._filling import (
     SLAB_BYTES,
     Desk,
+    Following,
     Task,
     Unit,
     put,
@@ -77,9 +78,11 @@ class _Shard(Unit):
         self._head = self._header()
         self.size = len(self._head) + end
         self._descriptor = _CLOSED
+        self._digest = Following(path)
 
     def is_whole(self, note: Any) -> bool:
-        return bool(note == self.size and self.path.is_file() and self.path.stat().st_size == note)
+        is_ours = isinstance(note, dict) and note.get("bytes") == self.size
+        return is_ours and self.path.is_file() and self.path.stat().st_size == self.size
 
     def reserve(self, desk: Desk) -> None:
         reserve(self.path, self.size)
@@ -88,13 +91,16 @@ class _Shard(Unit):
         with writing(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             put(self._descriptor, torch.frombuffer(bytearray(self._head), dtype=torch.uint8), 0)
+        self._digest = Following(self.path)
+        self._digest.written(0, len(self._head))
         return [self._task(begin) for begin in range(0, self.data_bytes, SLAB_BYTES)]
 
     def finish(self) -> Any:
+        digest = self._digest.result()
         with writing(self.path):
             os.fsync(self._descriptor)
         self.close()
-        return self.size
+        return {"bytes": self.size, "sha256": digest}
 
     def close(self) -> None:
         if self._descriptor != _CLOSED:
@@ -120,6 +126,7 @@ class _Shard(Unit):
                 number += 1
             with writing(self.path):
                 put(self._descriptor, slab, len(self._head) + begin)
+            self._digest.written(len(self._head) + begin, len(self._head) + end)
 
         return task
 
