@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from bioinit.contexts.protocol import Context
+from bioinit.errors import ConfigError
 from bioinit.families import _legacy, _megatron
 from bioinit.families._fields import Codec, Joint, Only, World
+from bioinit.families._joints import joints
 from bioinit.families._kinds import GENERAL, Kind, kind_of
 from bioinit.families._runtime import DENSE
 from bioinit.families._vocabulary import vocabulary
@@ -27,7 +29,6 @@ from bioinit.families._worlds import (
     REST,
     SAME,
     ZERO_CENTERED,
-    joints,
 )
 from bioinit.families.protocol import Canonical, Dialect, ReadFields, Written
 from bioinit.layout import Dims
@@ -144,6 +145,7 @@ class Gpt:
 
     def _dialect(self, world: World) -> Dialect:
         def read(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
+            _check_version(context)
             known, said = vocabulary(context, shapes or {})
             result = world.read(context, known, self._defaults(context))
             return ReadFields(_whole(result.fields), (*result.account, *said))
@@ -190,6 +192,7 @@ class Gpt:
         def write(config: Any, carried: Mapping[str, Any], tokenizer: Collection[str]) -> Written:
             from bioinit.families import _nemo2
 
+            _check_extra(config)
             self.check(config)
             fields, account = world.write(config, carried)
             spelled = Table(self.rules(config, {}, "")).spelled_out(
@@ -211,6 +214,41 @@ class Gpt:
             return written._replace(account=account, files=_said(written.files, vocab_size))
 
         return write
+
+
+def _check_version(context: Context) -> None:
+    """Raise for a checkpoint of Megatron-LM in which a head's rows lie in an older order.
+
+    Raises:
+        ConfigError: it does.
+    """
+    version = context.tree.get("checkpoint_version")
+    if context.dialect == "megatron" and isinstance(version, int | float) and version < 2:
+        raise ConfigError(
+            f"{context.where} says checkpoint_version={version}, and before 2.0 the queries, keys "
+            "and values of a head lay in another order. Load it with Megatron-LM and save it again."
+        )
+
+
+def _check_extra(config: Any) -> None:
+    """Raise for what only transformers can do and only ``extra`` says.
+
+    Raises:
+        ConfigError: there is such a field.
+    """
+    rope = config.extra.get("rope_parameters") or {}
+    rotated = rope.get("partial_rotary_factor")
+    both_ways = config.extra.get("use_bidirectional_attention")
+    for name, value, is_usual in (
+        ("rope_parameters.partial_rotary_factor", rotated, rotated in (None, 1)),
+        ("use_bidirectional_attention", both_ways, not both_ways),
+    ):
+        if not is_usual:
+            raise ConfigError(
+                f"{type(config).__name__}.extra.{name} is {value!r}, which nemo2 cannot express: "
+                "hf alone has it. Convert to another dialect, or change the field if the model was "
+                "not trained with it."
+            )
 
 
 def _whole(fields: Mapping[str, SavedField]) -> dict[str, SavedField]:

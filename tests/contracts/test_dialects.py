@@ -358,7 +358,7 @@ def test_fields_come_back_from_what_was_written(case, dialect, tmp_path):
         written = write(config, {}, ())
     except ConfigError as refused:
         assert "cannot express" in str(refused) and dialect in str(refused)
-        pytest.skip(f"refused: {refused}")
+        return
     result = read_back(family, dialect, config, written, tmp_path)
     again = settled(type(config), result, architecture=config.architecture)
     unsaid = {*UNSAID.get(dialect, ()), "extra", "architecture"}

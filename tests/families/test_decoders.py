@@ -217,3 +217,16 @@ def test_layers_of_gemma_2_that_do_not_alternate_are_refused_by_nemo_2():
     config = families.load("gemma2").config(num_layers=1, extra=extra)
     with pytest.raises(ConfigError, match=r"layer_types.*nemo2 cannot express"):
         families.load("gemma2").dialects["nemo2"].write(config, {}, ())
+
+
+def test_what_only_the_extra_fields_say_is_refused_by_nemo_2_too():
+    extra = {"use_bidirectional_attention": True}
+    config = families.load("gemma").config(num_layers=1, extra=extra)
+    with pytest.raises(ConfigError, match=r"use_bidirectional_attention is True, which nemo2"):
+        families.load("gemma").dialects["nemo2"].write(config, {}, ())
+
+
+def test_an_older_order_of_rows_is_refused():
+    saved = Context("megatron", "args", {}, None, tree={"checkpoint_version": 1.0})
+    with pytest.raises(ConfigError, match=r"checkpoint_version=1\.0"):
+        families.load("llama").dialects["megatron"].read(saved, ROWS)
