@@ -16,19 +16,21 @@ from bioinit import families
 from bioinit.families.protocol import Canonical, Dialect, Family
 from bioinit.keys import template
 from bioinit.layout import Dims
-from bioinit.mapping import Mapping
 from bioinit.rules import Each, Narrow, Part, Permute, Reinterpret, Rule, Unflatten
 
 INTRODUCTION = """# Families: names, layouts and fields in every dialect
 
-A family has one canonical space; each dialect is a table that leads there and back. A `*` stands for the number of a layer
-or an expert, and `BODY.` for what transformers puts before the body (`model.`, `esm.`, `bert.`, ... or nothing). *Written* is
-the spelling that `bioinit convert` writes; every name in *read as well* is read, with the layout that its shape tells.
-Where a layout is more than another name, it says how: `rows as (2, 4, 8), [2, 3) of dim 1` is a part of a dim that was
-split, *stacked* means that one tensor holds all layers on its first dim, *padded* that rows beyond the vocabulary are zero
-and dropped. Sizes are those of a small config: 2 layers, hidden 32, 4 heads in 2 groups, 48 in the MLP, 4 experts.
+A family has one canonical space; each dialect is a table that leads there and back. A `*` stands
+for the number of a layer or an expert, and `BODY.` for what transformers puts before the body
+(`model.`, `esm.`, `bert.`, ... or nothing). *Written* is the spelling that `bioinit convert`
+writes; every name in *read as well* is read, with the layout that its shape tells.
 
-This page is made by `python docs/generate_families.py > docs/families.md` from the rules themselves.
+Where a layout is more than another name, it says how: `rows as (2, 4, 8), [2, 3) of dim 1` is a
+part of a dim that was split, *stacked* means that one tensor holds all layers on its first dim,
+*padded* that rows beyond the vocabulary are zero and dropped. Sizes are those of a small config: 2
+layers, hidden 32, 4 heads in 2 groups, 48 in the MLP, 4 experts.
+
+This page is made by `python docs/generate_families.py > docs/families.md` from the rules.
 """
 SMALL = {
     "num_layers": 2,
