@@ -96,8 +96,6 @@ _NOT_YET = (
     _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
     _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
     _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
-    _NotYet("output", "dialect", ("hf",), "models are written in the hf dialect"),
-    _NotYet("output", "format", ("safetensors",), "models are written as safetensors"),
 )
 
 
@@ -170,14 +168,14 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """How the result is written."""
+    """How the result is written.
+
+    ``format`` null is the one that goes with the dialect: safetensors for hf.
+    """
 
     overwrite: bool = False
     dialect: str = "hf"
-    format: str = "safetensors"
-
-    def __post_init__(self) -> None:
-        _refuse_unsupported("output", vars(self))
+    format: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def test_the_keys_of_a_recipe_and_their_defaults() -> None:
     assert dataclasses.asdict(Output()) == {
         "overwrite": False,
         "dialect": "hf",
-        "format": "safetensors",
+        "format": None,
     }
     names = set(specs(Run))
     assert {"model", "init", "placement", "output", "output_dir", "origins"} <= names
@@ -124,8 +124,6 @@ def test_a_device_that_this_machine_lacks_may_be_planned_for() -> None:
         ("placement", "mesh", {"data": 2}),
         ("placement", "strategy", "fsdp2"),
         ("placement", "parallel_load", "on"),
-        ("output", "dialect", "nemo2"),
-        ("output", "format", "torch_dist"),
     ],
 )
 def test_what_is_not_supported_yet_says_so(section: str, name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from bioinit import collector, families, formats
 from bioinit.convert.models import check_model_id
 from bioinit.convert.options import Options
-from bioinit.convert.output import Beside, as_it_is, beside, put
+from bioinit.convert.output import as_it_is, beside
 from bioinit.convert.source import Source, describe, find_context, find_family
 from bioinit.convert.tables import Planned, plan, plan_as_it_is
 from bioinit.convert.zeros import require_zeros
@@ -32,6 +32,7 @@ from bioinit.plan import LoadPlan
 from bioinit.plan.spelled import common_dtype
 from bioinit.report import human_bytes, printable, raise_for, render_claims
 from bioinit.save import carry, with_receipt
+from bioinit.save.beside import Beside, put
 from bioinit.save.worlds import writers
 from bioinit.storage import Journal, require_free, resumable_folder
 from bioinit.version import __version__

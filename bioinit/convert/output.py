@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from bioinit.contexts import SIDECAR, TOKENIZER_FILES
-from bioinit.convert.source import OURS, Source
+from bioinit.contexts import TOKENIZER_FILES
+from bioinit.convert.source import Source
 from bioinit.errors import StorageError
 from bioinit.families.protocol import Written
-from bioinit.record import specs
+from bioinit.save.beside import SAYS_DTYPE, Beside
+from bioinit.save.beside import beside as beside_weights
 from bioinit.storage import File, Folder
-
-_AT_THE_TOP = ("hf",)
-_SAYS_DTYPE: Mapping[str, Callable[[torch.dtype], Mapping[str, Any]]] = {
-    "hf": lambda dtype: {"dtype": str(dtype).removeprefix("torch.")},
-    "nemo2": lambda dtype: {
-        "params_dtype": str(dtype),
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-    },
-}
-_CONTEXT = "context"
-_SCALAR = (str, int, float, bool, type(None))
-
-
-class Beside(NamedTuple):
-    """Files as bytes and files that are copied, by their paths in the output."""
-
-    written: Written
-    made: Mapping[str, bytes]
-    copied: Mapping[str, File]
-    homes: tuple[Folder, ...]
 
 
 def beside(
@@ -58,42 +37,15 @@ def beside(
     homes = source.checkpoint.homes
     if tokenizer is not None:
         files, homes = _with_tokenizer(files, homes, tokenizer)
-    names = [name for name in files if name in TOKENIZER_FILES]
-    write = source.family.dialects[to].write
-    assert write is not None
-    said = {} if dtype is None or to not in _SAYS_DTYPE else _SAYS_DTYPE[to](dtype)
-    written = write(source.config, {**source.carried.get(to, {}), **said}, names)
-    elsewhere = "" if to in _AT_THE_TOP else _CONTEXT
-    places = {
-        name: "/".join(filter(None, (written.tokenizer if name in names else elsewhere, name)))
-        for name in files
-    }
-    apart = (to, OURS)
-    carried = {
-        dialect: fields for dialect, fields in source.carried.items() if dialect not in apart
-    }
-    unsaid = _unsaid(source, to)
-    if unsaid:
-        carried[OURS] = unsaid
-    moved = {name: place for name, place in places.items() if name != place}
-    made = dict(written.files)
-    if carried or moved:
-        document = {"carried": carried, "files": moved}
-        made[SIDECAR] = json.dumps(document, indent=1, default=str).encode() + b"\n"
-    return Beside(written, made, {places[name]: file for name, file in files.items()}, homes)
-
-
-def _unsaid(source: Source, to: str) -> dict[str, Any]:
-    """Fields of ours that the dialect ``to`` has no word for."""
-    said = {*source.family.dialects[to].fields.values(), "extra"}
-    found = {}
-    for name, spec in specs(type(source.config)).items():
-        value = getattr(source.config, name)
-        if name in said or spec.marks.own or not isinstance(value, _SCALAR):
-            continue
-        if spec.marks.derive is None:
-            found[name] = value
-    return found
+    return beside_weights(
+        source.family.dialects[to],
+        to,
+        source.config,
+        dtype,
+        fields=source.carried,
+        files=files,
+        homes=homes,
+    )
 
 
 def as_it_is(source: Source, tokenizer: str | Path | None, dtype: torch.dtype | None) -> Beside:
@@ -106,7 +58,7 @@ def as_it_is(source: Source, tokenizer: str | Path | None, dtype: torch.dtype | 
     fields = {} if context is None else dict(context.data)
     if dtype is not None:
         fields.pop("torch_dtype", None)
-        fields |= _SAYS_DTYPE["hf"](dtype)
+        fields |= SAYS_DTYPE["hf"](dtype)
     made = {"config.json": json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n"}
     return Beside(Written({}), made, files, homes)
 
@@ -140,10 +92,3 @@ def _usual(name: str) -> str:
     return {"model": "tokenizer.model", "json": "tokenizer.json", "txt": "vocab.txt"}.get(
         suffix, name
     )
-
-
-def put(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write ``files`` into ``folder``."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from bioinit.layout import Dims
 from bioinit.merge import Decision, merge
 from bioinit.record import Origin, build, make_record
 from bioinit.report import raise_for
-
-_FORGOTTEN = ("carried", "unknown")
-OURS = "bioinit"
+from bioinit.save.beside import carried_fields
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def describe(
         families.dialect_in(family, context, checkpoint.tensors),
         merged.decisions,
         merged.missing,
-        _carried(context, saved),
+        carried_fields(context, saved),
     )
 
 
@@ -150,27 +148,5 @@ def _is_buildable(family: Family, config: TrainableModelConfig) -> bool:
     return True
 
 
-def _carried(context: Context | None, saved: ReadFields | None) -> dict[str, Mapping[str, Any]]:
-    """What an earlier conversion carried along, and what of this saved config nobody maps."""
-    if context is None or saved is None:
-        return {}
-    found = {dialect: dict(fields) for dialect, fields in context.sidecar.items()}
-    if context.dialect == OURS:
-        return dict(found)
-    own = {
-        field.name: context.data[field.name]
-        for field in saved.account
-        if field.fate in _FORGOTTEN and field.name in context.data
-    }
-    if own:
-        found[context.dialect] = own
-    return dict(found)
-
-
 def _shapes(checkpoint: Checkpoint) -> dict[str, Dims]:
     return {n: t.shape for n, t in checkpoint.tensors.items() if t.kind == "weight"}
-
-
-def writers(family: Family) -> Collection[str]:
-    """The dialects in which the family can be written."""
-    return [name for name, dialect in family.dialects.items() if dialect.write is not None]

@@ -23,7 +23,7 @@ from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model
 from bioinit.plan import plan as plan_load
 from bioinit.plan.spelled import Held, spelled_targets, whole_target
 from bioinit.prefixes import Spelling
-from bioinit.save.worlds import writer
+from bioinit.save.worlds import written_dialect
 from bioinit.storage import worker_count
 from bioinit.transforms.claims import across, promised
 from bioinit.version import __version__
@@ -54,11 +54,11 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
         AmbiguousFormat: the stored names can be read in two ways.
     """
     family, config = source.family, source.config
-    writer(family, source.name, to)
+    dialect = written_dialect(family, source.name, to)
     assert family.tensors is not None  # it is written
     space = family.tensors(config)
     body = family.body(config)
-    table = Table(family.dialects[to].rules(config, {}, body))
+    table = Table(dialect.rules(config, {}, body))
     read = family.dialects[source.dialect].rules
 
     def names_of(shapes: Mapping[str, Dims]) -> Names:

@@ -50,6 +50,8 @@ class Initialized:
         Raises:
             StorageError: ``path`` holds something that may not be replaced, or touches the
                 checkpoint, or cannot be written.
+            PlanError: ``output.dialect`` has no place for something that the model holds.
+            ConfigError: it has no word for a field of the config.
         """
         prepared = self._prepared
         checkpoint = prepared.checkpoint
@@ -63,6 +65,7 @@ class Initialized:
             origins={f"model.{d.field}": d.origin for d in self.plan.fields},
             homes=() if checkpoint is None else checkpoint.homes,
             carried=None if context is None else context.carried,
+            across=prepared.across,
             keep=_lying(prepared),
             overwrite=overwrite,
         )

@@ -24,6 +24,7 @@ from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
 from bioinit.initialize.given import Given
 from bioinit.initialize.layers import Layers
+from bioinit.initialize.outputs import across_for
 from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
@@ -33,6 +34,7 @@ from bioinit.plan import SKIP_LIST, LoadPlan
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
 from bioinit.record import build, make_record, set_in
+from bioinit.save.across import Across
 from bioinit.storage import File
 from bioinit.targets import describe
 from bioinit.version import __version__
@@ -55,6 +57,8 @@ class Prepared:
     checkpoint: Checkpoint | None
     plan: LoadPlan
     spelling: Spelling
+    across: Across | None = None
+    """How the model is written, where its backend does not write it."""
 
     @property
     def files(self) -> Sequence[File]:
@@ -193,11 +197,14 @@ def _decide(
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]
-    planned = dataclasses.replace(
-        planned, fields=merged.decisions, problems=(*merged.problems, *empty, *planned.problems)
-    )
+    problems = (*merged.problems, *empty, *planned.problems)
+    across = across_for(run, family, config, checkpoint, saved)
+    # Whoever only wants the model in memory need not be told what could not be written.
+    if across is not None and not problems and (run.output_dir or run.output.dialect != "hf"):
+        problems = across.problems(module)
+    planned = dataclasses.replace(planned, fields=merged.decisions, problems=problems)
     return Prepared(
-        run, config, merged.record, module, make, backend, checkpoint, planned, spelling
+        run, config, merged.record, module, make, backend, checkpoint, planned, spelling, across
     )
 
 

@@ -19,6 +19,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
+from bioinit.save.across import Across
 from bioinit.storage import File, Folder, Journal, atomic_folder, worker_count
 
 RECEIPT = "receipt.json"
@@ -36,6 +37,7 @@ def save(
     origins: Mapping[str, Origin] | None = None,
     homes: Sequence[Folder] = (),
     carried: Mapping[str, File] | None = None,
+    across: Across | None = None,
     keep: Iterable[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -51,6 +53,7 @@ def save(
         origins: who set which dotted key of the run; kept in the context.
         homes: the checkpoint's folders.
         carried: files of ``homes`` that go along unchanged, by their names in the output.
+        across: writes the model, and places what goes along, where the backend does not.
         keep: the files and folders of the checkpoint; ``path`` may not touch them.
         overwrite: replace a folder that is not empty.
         max_shard_bytes: the most bytes of one weight file.
@@ -60,12 +63,20 @@ def save(
 
     Raises:
         StorageError: the folder exists, or cannot be written; nothing is left under its name.
+        PlanError: ``across`` has no place for something that the model holds.
+        ConfigError: it has no word for a field of the config.
     """
     with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
-        backend.save(model, folder, max_shard_bytes)
         save_context(record, folder, origins)
-        carry(folder, homes, carried or {})
-        return with_receipt(folder, receipt)
+        if across is None:
+            backend.save(model, folder, max_shard_bytes)
+            carry(folder, homes, carried or {})
+            return with_receipt(folder, receipt)
+        # A file of ours that people read makes room for one of that world by the same name.
+        side = across.write(model, folder, max_shard_bytes)
+        carry(folder, side.homes, side.copied)
+        output = {"dialect": across.to, "format": across.format}
+        return with_receipt(folder, {**receipt, "output": output})
 
 
 def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from bioinit import formats
 from bioinit.errors import ConfigError
-from bioinit.families.protocol import Family, Write
+from bioinit.families.protocol import Dialect, Family
 from bioinit.keys import suggestion
 
 _USUAL = "safetensors"
@@ -34,15 +34,15 @@ def writers(family: Family) -> Collection[str]:
     return [name for name, dialect in family.dialects.items() if dialect.write is not None]
 
 
-def writer(family: Family, name: str, to: str) -> Write:
-    """What writes the saved config of the family called ``name`` in the dialect ``to``.
+def written_dialect(family: Family, name: str, to: str) -> Dialect:
+    """The dialect ``to`` of the family called ``name``.
 
     Raises:
         ConfigError: the family is not written in that dialect.
     """
     dialect = family.dialects.get(to)
     if family.tensors is not None and dialect is not None and dialect.write is not None:
-        return dialect.write
+        return dialect
     known = writers(family)
     why = family.absent.get(to)
     if not known:

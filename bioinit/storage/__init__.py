@@ -9,7 +9,7 @@ from __future__ import annotations
 from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
-from bioinit.storage.made import Made, filled
+from bioinit.storage.made import Made, filled, in_memory
 from bioinit.storage.workers import worker_count
 from bioinit.storage.write import atomic_folder, require_free, resumable_folder
 
@@ -21,6 +21,7 @@ __all__ = [
     "atomic_folder",
     "disk_error",
     "filled",
+    "in_memory",
     "require_free",
     "resumable_folder",
     "worker_count",

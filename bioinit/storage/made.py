@@ -1,4 +1,4 @@
-"""Bytes that no file holds as they are: decoded, combined from several files, or one value over.
+"""Bytes that no file holds as they are: decoded, combined from several files, one value, memory.
 
 To a reader and to the loader such bytes are a file like any other, so nothing behind this room
 knows the difference; ``how`` says it to people.
@@ -7,10 +7,12 @@ knows the difference; ``how`` says it to people.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bioinit.errors import CorruptCheckpoint
 from bioinit.storage.file import File
+from bioinit.storage.handle import Handle
 
 Make = Callable[[int, int], Any]
 """Given an offset and a size, exactly those bytes, as anything with a buffer. Several threads call
@@ -108,3 +110,9 @@ def filled(beside: File, name: str, size: int, pattern: bytes, how: str) -> Made
         return (pattern * (-(-(first + length) // len(pattern))))[first : first + length]
 
     return Made(beside, name, size, make, how=how)
+
+
+def in_memory(name: str, size: int, make: Make) -> Made:
+    """``size`` bytes that lie in memory, as ``make`` gives them; nothing is on the disk."""
+    nowhere = File(Handle(Path("memory"), (0, 0, 0, 0)), name, offset=0, size=0, mtime_ns=0)
+    return Made(nowhere, name, size, make, how="taken from memory")
