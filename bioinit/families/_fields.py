@@ -155,11 +155,11 @@ class World:
                 raise self._unsayable(config, {ours: value}, error) from error
             account.append(SourceField(ours, "mapped", theirs))
         for joint in self.joint:
-            values = {ours: getattr(config, ours) for ours in joint.ours}
+            meant = {ours: getattr(config, ours) for ours in joint.ours}
             try:
-                said = joint.write(values)
+                said = joint.write(meant)
             except ValueError as error:
-                raise self._unsayable(config, values, error) from error
+                raise self._unsayable(config, meant, error) from error
             found.update(said)
             to = ", ".join(said) or "what the class means anyway"
             account += [SourceField(ours, "mapped", to) for ours in joint.ours]

@@ -111,7 +111,7 @@ class Gpt:
     def world(self, dialect: str) -> World:
         """The fields of this family in one world."""
         like = "nemo2" if dialect == "bridge" else dialect
-        names = {name: name for name in SAME} | NAMES[like] | dict(self.names.get(like, {}))
+        names = {**{name: name for name in SAME}, **NAMES[like], **self.names.get(like, {})}
         joint = (
             *joints(
                 like,
