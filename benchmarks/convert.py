@@ -295,8 +295,8 @@ def table(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
             busy = statistics.median(run["cpu"] for run in runs)
             memory = statistics.median(run["bytes"] for run in runs) / 2**20
             lines.append(
-                f"| {direction} | {name} | {seconds:.2f} | {busy:.2f} | {memory:.0f} MiB | {cells[0]:.2f} | "
-                f"{cells[1]:.2f} |"
+                f"| {direction} | {name} | {seconds:.2f} | {busy:.2f} | {memory:.0f} MiB | "
+                f"{cells[0]:.2f} | {cells[1]:.2f} |"
             )
     return "\n".join(lines)
 
