@@ -114,14 +114,14 @@ def remember(model: nn.Module, stored: Collection[str]) -> None:
 
 
 def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
-    """A model of Megatron is no ``transformers`` model, so there are no files of its own to write.
+    """Megatron's models have no files of their own: the tables of their family write them.
 
     Raises:
-        ConfigError: always.
+        ConfigError: always; this is asked only where there are no such tables.
     """
     raise ConfigError(
-        f"{type(model).__name__} is built by megatron-core and is not written in the hf dialect. "
-        "Set output.dialect=nemo2."
+        f"{type(model).__name__} is built by megatron-core, and its family has no tables to write "
+        "it by. Use a recipe of a named family, or save its state_dict() yourself."
     )
 
 
