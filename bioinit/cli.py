@@ -28,7 +28,7 @@ INTERRUPTED, TERMINATED = 130, 143
 STORAGE = 5
 USAGE = 2
 BUG = 1
-_LEFT = "what was finished stays, what was half done is gone"
+_LEFT = "nothing half done stands under a final name; a conversion goes on when it is run again"
 
 _OVERRIDES = """\
 overrides:

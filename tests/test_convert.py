@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 import bioinit
+from bioinit import families
 from bioinit.cli import main
+from bioinit.convert.models import check_model_id
 from bioinit.errors import (
     BioinitError,
     ConfigError,
@@ -498,3 +501,11 @@ def test_the_command_line_prints_one_document_and_gives_exit_codes(
     assert main(["convert", out, str(tmp_path / "back"), "--to", "hf", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "written" in said and "cast float32 -> bfloat16" in said
+
+
+def test_differences_of_training_alone_are_said_and_are_no_error():
+    config = families.load("llama").config(
+        seq_length=2048, ffn_hidden_size=11008, layernorm_epsilon=1e-5
+    )
+    said = check_model_id("meta-llama/Llama-2-7b-hf", SimpleNamespace(name="llama", config=config))
+    assert said == ("not as meta-llama/Llama-2-7b-hf: seq_length is 2048, the preset has 4096",)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,10 @@ def convert(
             given.setdefault("model_parallel_size", partitions)
         with collector.paused():
             described = describe(checkpoint, name, context, given, architecture)
-            if model_id is not None:
-                check_model_id(model_id, described)
+            said = () if model_id is None else check_model_id(model_id, described)
             planned, side = _decide(described, options, tokenizer)
+            noted = replace(planned.plan, notes=(*planned.plan.notes, *said))
+            planned = replace(planned, plan=noted)
         raise_for(planned.plan.problems, "the conversion has")
         require_zeros(checkpoint, planned.zeros)
         stream = Stream(

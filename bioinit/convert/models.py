@@ -78,10 +78,10 @@ def check_model_id(model_id: str, source: Source) -> tuple[str, ...]:
         have, wanted = getattr(source.config, str(field)), coerce(cls, str(field), value)
         if have != wanted:
             differences.append(Difference(str(field), have, wanted))
-    said = tuple(map(str, differences))
+    said = tuple(f"not as {model_id}: {difference}" for difference in differences)
     if any(difference.field not in _OF_TRAINING for difference in differences):
         raise ConfigError(
-            f"the source is not {model_id}: {'; '.join(said)}. Correct the config that was given, "
-            "or leave --model-id out if it is meant to be another model."
+            f"the source is not {model_id}: {'; '.join(map(str, differences))}. Correct the config "
+            "that was given, or leave --model-id out if it is meant to be another model."
         )
     return said
