@@ -179,6 +179,23 @@ def test_each_tensor_keeps_its_dtype_and_a_tied_head_is_written_once(
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    start(source, "output.dialect=nemo2", f"output_dir={tmp_path / 'nemo2'}")
+    written = stored(tmp_path / "nemo2")
+    assert f"module.{EMBEDDING}" in written and "module.output_layer.weight" not in written
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+def test_layers_that_were_chosen_are_the_layers_that_are_written(
+    llama: Path, tmp_path: Path
+) -> None:
+    asked = ("init.layers=[2,0]", "output.dialect=nemo2")
+    start(llama, *asked, f"output_dir={tmp_path / 'out'}")
+    again = start(tmp_path / "out").model.state_dict()
+    whole = load_file(llama / "model.safetensors")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert name.format(2) not in again
+    for number, source in enumerate((2, 0)):
+        assert torch.equal(again[name.format(number)], whole[name.format(source)])
 
 
 def test_experts_and_encoders_find_their_place(fixtures_dir: Path, tmp_path: Path) -> None:
