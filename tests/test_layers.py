@@ -1,4 +1,4 @@
-"""``init.layers``: layer i of the model is the checkpoint's layer ``layers[i]``; no other is read."""
+"""``init.layers``: layer i of the model is layer ``layers[i]`` of the checkpoint, no other read."""
 
 import re
 
