@@ -13,14 +13,13 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bioinit.storage import Journal, disk_error, worker_count
+from bioinit.storage import Journal, disk_error, run_workers, worker_count
 
 SLAB_BYTES = 16 * 2**20
 """What a thread asks for at once: with eight of them, half of what a conversion may need."""
@@ -136,7 +135,7 @@ def write_units(units: Sequence[Unit], journal: Journal, *, workers: int | None 
     waiting = [
         unit for unit in units if unit.key not in notes or not unit.is_whole(notes[unit.key])
     ]
-    lock, stopped = threading.Lock(), threading.Event()
+    lock = threading.Lock()
     left: dict[str, int] = {}
 
     def claims() -> Iterator[tuple[Unit | None, Task]]:
@@ -153,7 +152,7 @@ def write_units(units: Sequence[Unit], journal: Journal, *, workers: int | None 
 
     def next_claim() -> tuple[Unit | None, Task] | None:
         with lock:
-            return None if stopped.is_set() else next(pending, None)
+            return next(pending, None)
 
     def done(unit: Unit) -> None:
         with lock:
@@ -164,36 +163,19 @@ def write_units(units: Sequence[Unit], journal: Journal, *, workers: int | None 
             with lock:
                 journal.note(unit.key, note)
 
-    def work() -> None:
-        threads = torch.get_num_threads()
-        # Each worker fills by itself; a team of threads per worker would only wait for cores.
-        torch.set_num_threads(1)
+    def work(stopped: threading.Event) -> None:
+        desk = Desk(stopped)
         try:
-            desk = Desk(stopped)
-            while (claim := next_claim()) is not None:
+            while not stopped.is_set() and (claim := next_claim()) is not None:
                 unit, task = claim
                 task(desk)
                 if unit is not None:
                     done(unit)
         except Stopped:
             pass
-        except BaseException:
-            stopped.set()
-            raise
-        finally:
-            torch.set_num_threads(threads)
 
-    count = workers or worker_count()
     try:
-        with ThreadPoolExecutor(count, thread_name_prefix="bioinit") as pool:
-            futures = [pool.submit(work) for _ in range(count)]
-            try:
-                wait(futures)
-            except BaseException:
-                stopped.set()  # an interrupt: the workers stop after the call they are in
-                raise
-        for future in futures:
-            future.result()
+        run_workers(work, workers or worker_count())
     finally:
         for unit in waiting:
             unit.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from bioinit.layout import Overlap, blocks
 from bioinit.load.staging import Staging
 from bioinit.plan import STAGING_BYTES, Copy
-from bioinit.storage import File
+from bioinit.storage import File, run_workers
 
 READ_BYTES = 16 * 2**20  # longer reads let the last worker run alone, shorter ones are more calls
 SCATTER_BUFFERS = 512
@@ -136,36 +135,17 @@ class Transfer:
 
     def _run(self, tasks: Sequence[_Task]) -> None:
         pending = iter(tasks)
-        stopped = threading.Event()
 
         def next_task() -> _Task | None:
             with self._lock:
-                return None if stopped.is_set() else next(pending, None)
+                return next(pending, None)
 
-        def work() -> None:
-            threads = torch.get_num_threads()
-            # Each worker copies by itself; a team of threads per worker would only wait for cores.
-            torch.set_num_threads(1)
-            try:
-                with Staging(self._device) as staging:
-                    while (task := next_task()) is not None:
-                        task(staging)
-            except BaseException:
-                stopped.set()
-                raise
-            finally:
-                torch.set_num_threads(threads)
+        def work(stopped: threading.Event) -> None:
+            with Staging(self._device) as staging:
+                while not stopped.is_set() and (task := next_task()) is not None:
+                    task(staging)
 
-        count = min(self._workers, len(tasks))
-        with ThreadPoolExecutor(max(count, 1), thread_name_prefix="bioinit") as pool:
-            futures = [pool.submit(work) for _ in range(count)]
-            try:
-                wait(futures)
-            except BaseException:
-                stopped.set()  # an interrupt: the workers stop after the call they are in
-                raise
-        for future in futures:
-            future.result()
+        run_workers(work, min(self._workers, len(tasks)))
 
     def _scatter(self, runs: Sequence[Run]) -> _Task:
         def task(staging: Staging) -> None:

@@ -10,7 +10,7 @@ from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled, in_memory
-from bioinit.storage.workers import worker_count
+from bioinit.storage.workers import run_workers, worker_count
 from bioinit.storage.write import atomic_folder, require_free, resumable_folder
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "in_memory",
     "require_free",
     "resumable_folder",
+    "run_workers",
     "worker_count",
 ]
