@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from bioinit.errors import BioinitError, CorruptCheckpoint, RefusedCheckpoint, StorageError
-from bioinit.storage import File, Folder, atomic_folder, require_free
+from bioinit.storage import File, Folder, Journal, atomic_folder, require_free
 from bioinit.storage import file as file_room
 from bioinit.storage import handle as handle_room
 from bioinit.storage import write as write_room
@@ -624,3 +624,61 @@ def test_partial_folders_of_living_processes_are_left_alone(tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("x")
     assert living.exists()
+
+
+# Journals
+
+
+def _journal(folder: Path, *lines: bytes) -> Path:
+    path = folder / Journal.NAME
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+BEGUN = b'{"work": "w"}\n'
+NOTE = b'{"key": "a", "value": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\0" * 40 + b"\n",
+        b'{"key": "b", "va\n',
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b"null\n",
+        b'{"key": ["b"], "value": 1}\n',
+        b'{"key": "b"}\n',
+        b"\n",
+        b"[" * 100_000 + b"\n",
+        b'{"key": "b", "value": 2}',
+    ],
+    ids=[
+        "nuls",
+        "half",
+        "no text",
+        "a list",
+        "null",
+        "no name",
+        "no value",
+        "empty",
+        "deep",
+        "cut",
+    ],
+)
+def test_a_journal_ends_at_the_first_line_that_is_no_note_and_goes_on_from_there(tmp_path, bad):
+    path = _journal(tmp_path, BEGUN, NOTE, bad, b'{"key": "c", "value": 3}\n')
+    with Journal(tmp_path, "w") as journal:
+        assert dict(journal.notes) == {"a": 1}
+        journal.note("d", 4)
+    assert path.read_bytes() == BEGUN + NOTE + b'{"key": "d", "value": 4}\n'
+    with Journal(tmp_path, "w") as journal:
+        assert dict(journal.notes) == {"a": 1, "d": 4}
+
+
+@pytest.mark.parametrize("first", [b"\0" * 8 + b"\n", b"[]\n", b'{"work": "else"}\n', b"", b"{"])
+def test_a_journal_whose_first_line_does_not_say_the_same_work_is_begun_anew(tmp_path, first):
+    path = _journal(tmp_path, first, NOTE if first.endswith(b"\n") else b"")
+    with Journal(tmp_path, "w") as journal:
+        assert not journal.notes
+    assert path.read_bytes() == BEGUN

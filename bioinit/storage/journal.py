@@ -1,14 +1,16 @@
 """What an unfinished folder holds that is whole: notes that a killed process leaves for the next.
 
-Each note is one line of JSON, written after the bytes that it speaks of are on the disk. A last
-line that was cut short is no note. Whose work it is, is said by the first line: notes of other work
-are dropped.
+Each note is one line of JSON, written after the bytes that it speaks of are on the disk. What a
+crash of the machine may leave, a line that was cut short or is no note, ends the journal: from
+there on it is forgotten. Whose work it is, is said by the first line: notes of other work are
+dropped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -73,21 +75,51 @@ class Journal:
         if not self._path.exists():
             return
         data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines or lines[0].get("work") != work:
+        lines = data.splitlines(keepends=True)
+        if not lines or not _is_of(lines[0], work):
             self._path.unlink()
             return
-        self._notes = {line["key"]: line["value"] for line in lines[1:]}
-        if len(whole) != len(data):
-            os.truncate(self._path, len(whole))
+        whole = len(lines[0])
+        for line in lines[1:]:
+            note = _read(line)
+            if not isinstance(note.get("key"), str) or "value" not in note:
+                break
+            self._notes[note["key"]] = note["value"]
+            whole += len(line)
+        if whole != len(data):
+            os.truncate(self._path, whole)
 
 
 def is_journal_of(folder: Path, work: str) -> bool:
     """Whether ``folder`` holds a journal that was begun for ``work``."""
+    return holds_journal(folder) and _is_of(_first_line(folder), work)
+
+
+def holds_journal(folder: Path) -> bool:
+    """Whether ``folder`` is a folder and holds a file that is called like a journal."""
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
+        return is_folder and stat.S_ISREG(os.lstat(folder / _NAME).st_mode)
+    except OSError:
+        return False
+
+
+def _first_line(folder: Path) -> bytes:
     try:
         with open(folder / _NAME, "rb") as file:
-            line = file.readline()
-        return line.endswith(b"\n") and json.loads(line) == {"work": work}
-    except (OSError, ValueError):
-        return False
+            return file.readline()
+    except OSError:
+        return b""
+
+
+def _is_of(line: bytes, work: str) -> bool:
+    return _read(line) == {"work": work}
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """What a whole line says; nothing if it was cut short or was never written by us."""
+    try:
+        said = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}

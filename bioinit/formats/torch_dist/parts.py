@@ -191,7 +191,11 @@ class _Part(Unit):
         self._note: Any = None
 
     def is_whole(self, note: Any) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == note["size"]
+        items = note.get("items") if isinstance(note, dict) else None
+        is_ours = isinstance(items, list) and all(
+            isinstance(item, list) and len(item) == _NOTED for item in items
+        )
+        return is_ours and self.path.is_file() and self.path.stat().st_size == note.get("size")
 
     def begin(self) -> Sequence[Task]:
         return (self._write,)
@@ -222,6 +226,9 @@ class _Part(Unit):
             (made,) = self._made_in.iterdir()
             made.rename(self.path)
             self._note = {"size": self.path.stat().st_size, "items": list(map(_noted, results))}
+
+
+_NOTED = 4  # what is noted of an item
 
 
 def _noted(result: WriteResult) -> list[Any]:
