@@ -18,6 +18,7 @@ understood is an error that offers the closest word.
 from __future__ import annotations
 
 import reprlib
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from bioinit.rules import (
 
 _RULE = ("from", "to", "view", "add", "parts", "note", "fill", "stacked", "drop", "because")
 _PART = ("to", "view", "add")
+_LARGEST = 16 << 20
 
 
 def read(source: str | Path | Mapping[str, Any]) -> Names:
@@ -60,12 +62,19 @@ def read(source: str | Path | Mapping[str, Any]) -> Names:
 
 def _parsed(path: Path, shown: str) -> Any:
     try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST:
+            raise StorageError(
+                f"{shown} is no file of rules: it is no ordinary file, or has more than "
+                f"{_LARGEST >> 20} MiB. Give the path of a YAML file."
+            )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MappingError(f"{shown} is not UTF-8 text: {error}. Save it as UTF-8.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a path is no error of the system
+        reason = error.strerror if isinstance(error, OSError) else error
         raise StorageError(
-            f"cannot read the rules in {shown} (looked at {path.absolute()}): {error.strerror}. "
+            f"cannot read the rules in {shown} (looked at {path.absolute()}): {reason}. "
             "Give the path of a YAML file."
         ) from None
     try:

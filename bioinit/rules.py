@@ -85,6 +85,11 @@ class Permute:
     dims: Dims
 
     def apply(self, box: Box) -> Iterator[Indexed]:
+        if sorted(self.dims) != list(range(len(box.sizes))):
+            raise MappingError(
+                f"the order of dims {self.dims} does not name each of the {len(box.sizes)} dims of "
+                "the tensor once. Name every dim, counted from 0."
+            )
         yield (
             None,
             Box(
@@ -221,11 +226,17 @@ class Part:
         """Every box after all operations, with the indices that :class:`Each` drew out."""
         found: list[tuple[tuple[int, ...], Box]] = [((), box) for box in boxes]
         for op in self.ops:
-            found = [
-                (drawn if index is None else (*drawn, index), after)
-                for drawn, box in found
-                for index, after in op.apply(box)
-            ]
+            try:
+                found = [
+                    (drawn if index is None else (*drawn, index), after)
+                    for drawn, box in found
+                    for index, after in op.apply(box)
+                ]
+            except IndexError:
+                dims = min(len(box.sizes) for _, box in found)
+                raise MappingError(
+                    f"{op} names a dim that a tensor of {dims} dims does not have."
+                ) from None
         return found
 
     def key(self, captures: tuple[str, ...], drawn: tuple[int, ...]) -> str:

@@ -1,5 +1,6 @@
 """Rules in YAML: the same verbs as in Python, and nothing that is not understood passes."""
 
+import os
 import re
 
 import pytest
@@ -173,3 +174,12 @@ def test_the_example_of_the_room_is_understood():
     [example] = re.findall(r"^    rules:.*?^$", rulebook.__doc__, flags=re.M | re.S)
     names = rulebook._tables(rulebook._Loader(example).get_data(), "the example")
     assert len(names.disk.rules) == 4 and len(names.memory.rules) == 2
+
+
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rules.yaml")
+    for place in (tmp_path / "rules.yaml", "/dev/zero", tmp_path):
+        with pytest.raises(StorageError, match="no ordinary file"):
+            rulebook.read(place)
+    with pytest.raises(StorageError, match="null byte"):
+        rulebook.read("a\0b")

@@ -228,6 +228,15 @@ def test_a_tensor_that_nobody_needs_is_known_and_has_no_place():
     assert Mapping([rule]).spelled_out({"layers.3.inv_freq": (4,)}) == {}
 
 
+@pytest.mark.parametrize(
+    "op", [Permute((0,)), Permute((0, 2)), Permute((1, 1)), Narrow(5, 0, 2), Each(3, 0)]
+)
+def test_an_operation_on_dims_that_a_tensor_does_not_have_is_refused(op):
+    to = "v.*" if isinstance(op, Each) else "v"
+    with pytest.raises(MappingError, match="dims"):
+        Mapping([Rule("w", (Part(to, (op,)),))]).place("w", (Box.contiguous((4, 4)),))
+
+
 def test_reading_as_another_shape_needs_as_many_elements():
     op = Reinterpret((4, 6), (3, 9))
     with pytest.raises(MappingError, match=r"\(3, 9\)"):

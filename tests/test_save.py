@@ -68,6 +68,13 @@ def test_what_was_written_is_what_the_receipt_says(written):
     assert {entry["path"] for entry in found} == names - {"receipt.json"}
 
 
+def test_who_may_read_one_of_the_files_may_read_all(written):
+    modes = {
+        file.name: file.stat().st_mode & 0o777 for file in written.rglob("*") if file.is_file()
+    }
+    assert set(modes.values()) == {modes["receipt.json"]}, modes
+
+
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", ".hidden", "context/x.json"])
 def test_a_file_that_was_added_is_not_what_the_receipt_says(copy, name):
     (copy / name).write_text("x")

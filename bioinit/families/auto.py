@@ -216,6 +216,12 @@ def _choices(model_type: str) -> tuple[str, ...]:
 
 
 def _backend(config: TrainableModelConfig) -> Backend:
+    if config.backend not in (None, "transformers"):
+        raise ConfigError(
+            f"model.backend={config.backend!r}, and the family auto builds the models of "
+            "transformers. Use a recipe of a named family (`bioinit recipes` lists them), or leave "
+            "model.backend out."
+        )
     return backend.BACKEND
 
 

@@ -9,7 +9,7 @@ nor files of it are touched.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -47,13 +47,13 @@ class Layers:
                 "init.layers out."
             )
         self.field = name
+        said = f"init.layers={asked}, but {fields[name].where} says that the checkpoint has {count}"
+        cure = f"Choose how many, from 1 to {count}, or a list of numbers from 0 to {count - 1}."
+        if isinstance(asked, int) and not 1 <= asked <= count:
+            raise ConfigError(f"{said} layers. {cure}")
         self.chosen = tuple(range(asked)) if isinstance(asked, int) else asked
-        wrong = [number for number in self.chosen if not 0 <= number < count]
-        if wrong or not self.chosen:
-            raise ConfigError(
-                f"init.layers={asked}, but {fields[name].where} says that the checkpoint has "
-                f"{count} layers, counted from 0. Choose from 0 to {count - 1}."
-            )
+        if not self.chosen or not all(0 <= number < count for number in self.chosen):
+            raise ConfigError(f"{said} layers. {cure}")
 
     def counted(self, saved: ReadFields) -> ReadFields:
         """``saved``, with as many layers as were chosen."""
@@ -102,6 +102,17 @@ class Layers:
         said = f"init.layers takes the checkpoint's layers {list(self.chosen)}"
         more = f"; {gone} tensors of {len(others)} others are left out" if gone else ""
         return kept, said + more
+
+    def is_left(self, module: nn.Module) -> Callable[[str], bool]:
+        """Whether a canonical tensor belongs to a layer that was not chosen."""
+        number = _number(self._stacks(module))
+        chosen = {*map(str, self.chosen)}
+
+        def is_left(key: str) -> bool:
+            found = number.search(key)
+            return found is not None and found[2] not in chosen
+
+        return is_left
 
     def _stacks(self, module: nn.Module) -> frozenset[str]:
         """What stands before the number of a layer, in canonical names."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,11 @@ def with_receipt(
     """
     document = {**receipt, "files": _digests(folder, known)}
     (folder / RECEIPT).write_text(dumps(document) + "\n", encoding="utf-8")
+    # Libraries write through private temporary files; whoever may read one may read all.
+    mode = stat.S_IMODE((folder / RECEIPT).stat().st_mode)
+    for name in _files_in(folder):
+        if not (folder / name).is_symlink():
+            (folder / name).chmod(mode)
     return document
 
 

@@ -272,3 +272,10 @@ def test_a_saved_context_of_ours_is_read_back(tmp_path):
     arguments = fdl.ordered_arguments(record)
     assert fields["n_embd"].value == arguments["n_embd"] == 16
     assert families.find(saved, ()) == "auto"
+
+
+def test_a_backend_that_it_does_not_have_is_refused():
+    cls = FAMILY.config_for(context(LLAMA))
+    config = build(make_record(cls, {"backend": "megatron"}, {}, at="model"), at="model")
+    with pytest.raises(ConfigError, match="named family"):
+        FAMILY.backend(config)
