@@ -57,14 +57,25 @@ class Claim(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """A stored tensor that no target wants."""
+    """A stored tensor that no target wants.
+
+    Where ``parts`` are named, only these of the canonical tensors that it holds: layers or experts
+    that the model does not have.
+    """
 
     key: str
     shape: Dims
     dtype: str
+    parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"key": self.key, "shape": list(self.shape), "dtype": self.dtype}
+        document = {"key": self.key, "shape": list(self.shape), "dtype": self.dtype}
+        return document | ({"parts": list(self.parts)} if self.parts else {})
+
+    @property
+    def folded(self) -> list[str]:
+        """The parts, unbroken ranges of numbers as one."""
+        return [each.text for each in fold([Claim(p, (), "", "problem", "") for p in self.parts])]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from bioinit.plan import SKIP_LIST, STAGING_BYTES, LoadPlan, Model
 from bioinit.plan import plan as plan_load
 from bioinit.plan.spelled import Held, spelled_targets, whole_target
 from bioinit.prefixes import Spelling
+from bioinit.report import Unused
 from bioinit.save.worlds import written_dialect
 from bioinit.storage import worker_count
 from bioinit.transforms.claims import across, promised
@@ -137,7 +138,11 @@ def _left(
     """What becomes of stored tensors that no target wanted: problems, and those to be zero."""
     problems: list[Problem] = []
     zeros: list[str] = []
-    for name, shape, dtype in planned.unused:
+    for unused in planned.unused:
+        name, shape, dtype, parts = unused
+        if parts:
+            problems += _of_parts(unused, space)
+            continue
         keys = held.by_name.get(name, ())
         kind = held.kind_of(name, space)
         if kind == "computed":
@@ -161,6 +166,20 @@ def _left(
             )
         )
     return problems, tuple(zeros)
+
+
+def _of_parts(unused: Unused, space: Mapping[str, Canonical]) -> Iterator[Problem]:
+    """Layers or experts for which nobody has a place, inside of a tensor that is used."""
+    is_known = [part in space and space[part].kind == "computed" for part in unused.parts]
+    if not all(is_known):
+        yield Problem(
+            "unused",
+            unused.key,
+            f"the source holds {unused.key!r} {list(unused.shape)} {unused.dtype}, and the config "
+            f"has no place for a part of it: {', '.join(unused.folded)}.",
+            "Give the config that the weights were trained with: --config FILE, or --set "
+            "FIELD=VALUE.",
+        )
 
 
 def _affine(names: Names) -> Iterator[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +181,9 @@ def _decide(
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
     notes = notes_on(checkpoint, spelling, saved, merged.missing)
+    is_left: Callable[[str], bool] = frozenset[str]().__contains__
     if layers is not None:
+        is_left = layers.is_left(module)
         stored, about_layers = layers.of(stored, names, spelling, module)
         names = layers.renumbered(names, module)
         notes.append(about_layers)
@@ -194,6 +196,7 @@ def _decide(
         skip_prefixes=config.initial_ckpt_skip_keys_with_these_prefixes,
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
         notes=notes,
+        is_left=is_left,
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]

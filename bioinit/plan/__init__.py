@@ -7,7 +7,7 @@ cure, and nothing is read while there are problems.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 
+_NOTHING: frozenset[str] = frozenset()
+
+
 def plan(
     model: Model,
     stored: Mapping[str, StoredTensor],
@@ -51,6 +54,7 @@ def plan(
     skip_prefixes: Iterable[str] = (),
     dtype: DtypeRule = "stored",
     notes: Sequence[str] = (),
+    is_left: Callable[[str], bool] = _NOTHING.__contains__,
 ) -> LoadPlan:
     """Claim every target of ``model``.
 
@@ -63,6 +67,8 @@ def plan(
         skip_prefixes: prefixes of target or stored keys that are left at their initial values.
         dtype: what floating parameters become; others keep their own.
         notes: sentences for people that the plan prints first.
+        is_left: whether a canonical tensor is left out knowingly, so that nobody needs to hear of
+            it.
     """
     skips = Skips(skip_prefixes)
     sources = Sources(stored, names, spelled, skips)
@@ -90,7 +96,7 @@ def plan(
         else c
         for c in claims
     ]
-    unused = [Unused(n, stored[n].shape, dtype_name(stored[n].dtype)) for n in sources.unused()]
+    unused = [*_unused(sources, is_left)]
     problems = [
         *decisions.problems,
         *_misfits(sources),
@@ -102,14 +108,35 @@ def plan(
                 "unused",
                 tensor.key,
                 f"the checkpoint holds {tensor.key!r} {shape_text(tensor.shape)}, "
-                "which no parameter wants.",
-                f"Skip its prefix in {SKIP_LIST}, or set init.on_unused=report.",
+                f"{_which(tensor)} no parameter wants.",
+                _CURE_OF_PARTS
+                if tensor.parts
+                else f"Skip its prefix in {SKIP_LIST}, or set init.on_unused=report.",
             )
             for tensor in unused
         )
     if sources.dropped:
         notes = (*notes, f"stored and not needed: {_by_kind(sources.dropped)}")
     return _total(plans, claims, unused, problems, skips, stored, notes)
+
+
+_CURE_OF_PARTS = (
+    "Correct the config field that says how many there are, choose layers with init.layers, or set "
+    "init.on_unused=report."
+)
+
+
+def _which(tensor: Unused) -> str:
+    return f"of which {', '.join(tensor.folded)}" if tensor.parts else "which"
+
+
+def _unused(sources: Sources, is_left: Callable[[str], bool]) -> Iterator[Unused]:
+    """Stored tensors that nobody wants, as a whole or in part."""
+    parts = sources.unused_parts(is_left)
+    whole = sources.unused()
+    for name in (*whole, *parts):
+        tensor = sources.stored[name]
+        yield Unused(name, tensor.shape, dtype_name(tensor.dtype), tuple(parts.get(name, ())))
 
 
 def _total(

@@ -107,6 +107,7 @@ class Sources:
         self.disk = names.disk
         self.skipped: dict[str, str] = {}
         self.used: set[str] = set()
+        self._asked: set[str] = set()
         self.misfits: dict[str, str] = {}
         """Stored names whose rule does not fit their dims, and why."""
         self.dropped: dict[str, str] = {}
@@ -162,6 +163,7 @@ class Sources:
             return Cover((), (), 0, {}, Mismatch((), target.shape, str(error)))
         if not placed:
             return None
+        self._asked.update([canonical for canonical, _, _ in placed])
         if self._is_zero(key, [canonical for canonical, _, _ in placed]):
             return Cover((), (), 0, _NO_OTHERS, padding=numel(target.shape))
         padding = numel(target.shape) - sum(numel(box.sizes) for _, box, _ in placed)
@@ -216,6 +218,14 @@ class Sources:
             padding,
         )
 
+    def leave(self, target: Target) -> None:
+        """Note that what ``target`` would be made of is left behind knowingly."""
+        try:
+            placed = self.memory.place(target.key, target.boxes)
+        except MappingError:
+            return
+        self._asked.update([canonical for canonical, _, _ in placed or ()])
+
     def _is_zero(self, key: str, canonical: Iterable[str]) -> bool:
         rule = self.memory.rule_for(key)
         return rule is not None and rule.zero and not any(map(self.disk.spells, canonical))
@@ -256,6 +266,19 @@ class Sources:
             if tensor.kind == "weight"
             and not any(name in known for known in (self.used, self.skipped, self.dropped))
         ]
+
+    def unused_parts(self, is_left: Callable[[str], bool]) -> dict[str, list[str]]:
+        """Canonical tensors that no target wanted inside of stored ones that are used.
+
+        One tensor may hold all layers, or all experts, and the model have fewer.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for key, sources in self._sources.items():
+            if key not in self._asked and not is_left(key):
+                for source in sources:
+                    if source.name in self.used:
+                        found.setdefault(source.name, {})[key] = None
+        return {name: list(keys) for name, keys in found.items()}
 
 
 def _extend(extents: dict[str, Dims], key: str, box: Box) -> None:

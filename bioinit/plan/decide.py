@@ -46,6 +46,7 @@ class Decisions:
         """The claim of one target; ``spellings`` are its key and the names tied to it."""
         skip = self.skips.of(target.key) if self.skips.hits else None
         if skip is not None:
+            self.sources.leave(target)
             return self._unloaded(target, "skipped", f"skip prefix {skip!r}")
         if conversion is not None:
             return self._converted(target, conversion)

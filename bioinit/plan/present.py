@@ -48,11 +48,14 @@ def lines(plan: LoadPlan) -> Iterator[str]:
     yield from render_claims(plan.tensors)
     for tensor in plan.unused:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
-        yield f"unused       {tensor.key}  [{shape} {tensor.dtype}]"
+        of = f"  of it: {', '.join(tensor.folded)}" if tensor.parts else ""
+        yield f"unused       {tensor.key}  [{shape} {tensor.dtype}]{of}"
     for prefix, hits in plan.hits.items():
         yield f"skip prefix  {prefix}: {hits} hits"
     reading = sum(1 for size in plan.bytes_by_file.values() if size)
-    yield f"tensors      {summary(plan.tensors)}, {len(plan.unused)} stored but unused"
+    whole = sum(1 for tensor in plan.unused if not tensor.parts)
+    partly = f", {len(plan.unused) - whole} in part" if len(plan.unused) > whole else ""
+    yield f"tensors      {summary(plan.tensors)}, {whole} stored but unused{partly}"
     yield (
         f"to read      {human_bytes(plan.bytes_to_read)} from {reading} of {len(plan.files)} files"
     )

@@ -127,7 +127,7 @@ class Across:
         )
         problems = [self._in_words(problem) for problem in planned.problems]
         zeros = []
-        for name, shape, dtype in planned.unused:
+        for name, shape, dtype, _ in planned.unused:
             kind = held.kind_of(name, space)
             if kind == "zero":
                 zeros.append(name)
