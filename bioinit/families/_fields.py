@@ -74,6 +74,11 @@ class World:
     needed: tuple[str, ...] = ()
     rest: str = ""
 
+    @property
+    def says(self) -> frozenset[str]:
+        """Fields of ours that this world has a word for."""
+        return frozenset(self.names.values()).union(*(joint.ours for joint in self.joint))
+
     def read(
         self,
         context: Context,

@@ -158,6 +158,7 @@ class Gpt:
             read=read,
             write=self._writer(world) if world.dialect == "nemo2" else None,
             fields={**world.names, **joint},
+            says=world.says,
         )
 
     def _recognizes(self, dialect: str, context: Context) -> bool:

@@ -81,7 +81,8 @@ def named_family(
                 "stand for. `bioinit inspect` says which family it is of."
             )
         read = dialects[saved.dialect].read(saved, shapes or {})
-        return _recalled(read, context.sidecar.get("bioinit", {}), config, context.where)
+        carried = context.sidecar.get("bioinit", {})
+        return _recalled(read, carried, config, dialects[saved.dialect], context.where)
 
     def is_megatron(asked: Config) -> bool:
         if asked.backend == MEGATRON and megatron is None:
@@ -149,13 +150,28 @@ def named_family(
 
 
 def _recalled(
-    read: ReadFields, carried: Mapping[str, Any], config: type[Config], where: str
+    read: ReadFields,
+    carried: Mapping[str, Any],
+    config: type[Config],
+    dialect: Dialect,
+    where: str,
 ) -> ReadFields:
-    """``read``, with fields of ours that it does not state and an earlier conversion noted."""
+    """``read``, with fields of ours that an earlier conversion noted.
+
+    What the dialect says itself counts, and its silence too: somebody may have edited it since.
+    """
     known = specs(config)
     fields = dict(read.fields)
     for name, value in carried.items():
-        if name in known and not (name in fields and fields[name].literal):
+        if name not in known:
+            continue
+        held = fields.get(name)
+        if name in dialect.says:
+            says = dialect.blurs.get(name)
+            is_meant = says is not None and held is not None and says(value) == says(held.value)
+        else:
+            is_meant = held is None or not held.literal
+        if is_meant:
             fields[name] = SavedField(value, True, f"what was carried along beside {where}: {name}")
     return read._replace(fields=fields)
 
@@ -212,6 +228,7 @@ def hf(
         read=read,
         write=write,
         fields=translation.names,
+        says=frozenset(translation.names.values()),
     )
 
 

@@ -246,6 +246,10 @@ FIELDS: Mapping[str, str] = {
 }
 """Which field of ours each field is, or helps to say."""
 
+SAYS = _WORLD.says
+BLURS = {"activation_func": _WRITTEN_ACTIVATION.get}
+"""NeoX has one word for three of transformers', which approximate gelu in the same way."""
+
 
 def read(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFields:
     """The fields of NeoX's settings; the vocabulary is the tokenizer's, or what is stored.
@@ -262,6 +266,8 @@ def read(context: Context, shapes: Mapping[str, Dims] | None = None) -> ReadFiel
     found = _WORLD.read(context, more, _DEFAULTS if is_whole else {})
     alike = dict.fromkeys(("attention_config", "num_unique_layers", "num_kv_heads"), _ALIKE)
     fates: dict[str, tuple[Fate, str]] = {**alike, "soft_prompt_tuning": ("ignored", "it is off")}
+    if context.data.get("bias_gelu_fusion"):
+        fates["bias_gelu_fusion"] = ("mapped", f"activation_func: {_TANH}")
     if context.data.get("seq_length") == context.data.get("max_position_embeddings"):
         # A shorter one is that of the training samples.
         fates["seq_length"] = ("mapped", "seq_length")
@@ -288,6 +294,10 @@ def write(
     return Written({"configs/neox.yml": text.encode()}, account=(*account, *unsaid))
 
 
+_TANH = (
+    "gelu by its tanh approximation, which transformers calls gelu_fast, gelu_new and "
+    "gelu_pytorch_tanh; gelu_fast is taken where nothing beside says which"
+)
 _ALIKE: tuple[Fate, str] = ("ignored", "all layers and heads are alike")
 _UNSAID = {
     "vocab_size": "NeoX asks the tokenizer, and the rows of the embedding say it, padding included",

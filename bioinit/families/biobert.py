@@ -257,9 +257,15 @@ FAMILY = dataclasses.replace(
                 _biobert.read_nemo2,
                 _write_nemo2,
                 _biobert.NEMO2.names,
+                _biobert.NEMO2.says,
             ),
             "nemo1": Dialect(
-                _table, _spells, _biobert.is_nemo1, _biobert.read_nemo1, fields=_biobert.NEMO1.names
+                _table,
+                _spells,
+                _biobert.is_nemo1,
+                _biobert.read_nemo1,
+                fields=_biobert.NEMO1.names,
+                says=_biobert.NEMO1.says,
             ),
             "megatron": Dialect(
                 _table,
@@ -267,6 +273,7 @@ FAMILY = dataclasses.replace(
                 _biobert.is_megatron,
                 _biobert.read_megatron,
                 fields=_biobert.MEGATRON.names,
+                says=_biobert.MEGATRON.says,
             ),
         },
         _tensors,

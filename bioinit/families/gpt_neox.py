@@ -237,6 +237,8 @@ NEOX = Dialect(
     read=_neox.read,
     write=_neox.write,
     fields=_neox.FIELDS,
+    says=_neox.SAYS,
+    blurs=_neox.BLURS,
 )
 _PARALLEL = (
     "the layers of GPT-NeoX add attention and MLP to the same input (use_parallel_residual), "

@@ -150,6 +150,10 @@ class Dialect:
     write: Write | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     """Which field of ours each field of the saved config is, for people who read the tables."""
+    says: frozenset[str] = frozenset()
+    """Fields of ours that the saved config says; others are carried along beside it."""
+    blurs: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Fields of ours of which it says less than we do, and what it says for a value of ours."""
 
 
 class NamesOf(Protocol):

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bioinit.config import TrainableModelConfig
-from bioinit.contexts import SIDECAR, TOKENIZER_FILES
+from bioinit.contexts import CARRIED_FILES, SIDECAR, TOKENIZER_FILES
 from bioinit.contexts.protocol import Context
 from bioinit.families.protocol import Dialect, ReadFields, Written
-from bioinit.record import specs
+from bioinit.record import same, specs
 from bioinit.storage import File, Folder
 
 SAYS_DTYPE: Mapping[str, Callable[[torch.dtype], Mapping[str, Any]]] = {
@@ -81,7 +81,7 @@ def beside(
     unsaid = _unsaid(config, dialect)
     if unsaid:
         carried[OURS] = unsaid
-    moved = {name: place for name, place in places.items() if name != place}
+    moved = {n: place for n, place in places.items() if n != place and n in CARRIED_FILES}
     made = dict(written.files)
     if carried or moved:
         document = {"carried": carried, "files": moved}
@@ -90,14 +90,15 @@ def beside(
 
 
 def _unsaid(config: TrainableModelConfig, dialect: Dialect) -> dict[str, Any]:
-    """Fields of ours that the dialect has no word for."""
-    said = {*dialect.fields.values(), "extra"}
+    """Fields of ours that the dialect has no word for, or one word for several values."""
+    said = {*dialect.says.difference(dialect.blurs), "extra"}
     found = {}
     for name, spec in specs(type(config)).items():
         value = getattr(config, name)
         if name in said or spec.marks.own or not isinstance(value, _SCALAR):
             continue
-        if spec.marks.derive is None:
+        # What the class derives all the same would only stand in the way of a change.
+        if spec.marks.derive is None or not same(value, spec.marks.derive(config)):
             found[name] = value
     return found
 

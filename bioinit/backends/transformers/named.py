@@ -25,6 +25,12 @@ EXTRA = "extra"
 
 _NOTHING = object()
 
+_REFUSED = {
+    "auto_map": "names code that transformers would run",
+    "quantization_config": "says that weights are quantized, which they are not",
+}
+"""What no ``config.json`` of ours says, whoever asks for it."""
+
 
 class Fate(NamedTuple):
     """What became of one field of ``config.json``: mapped, carried, ignored or unknown; and how."""
@@ -147,11 +153,16 @@ class Translation:
         return bytes(made.to_json_string(), "utf-8")
 
     def check_extra(self, extra: Mapping[str, Any]) -> None:
-        """Raise for an entry of ``extra`` that is a field of ours under its other name."""
+        """Raise for an entry of ``extra`` that is a field of ours by another name, or refused."""
         for name in extra:
             if name in self.names:
                 raise ConfigError(
                     f"model.{EXTRA}.{name} is called model.{self.names[name]} here. Set that."
+                )
+            if name in _REFUSED:
+                raise ConfigError(
+                    f"model.{EXTRA}.{name} {_REFUSED[name]}. Leave it out; if it was carried along "
+                    "in context/bioinit.json, take it out of there."
                 )
 
     def _our_word(self, ours: str, value: Any, where: str) -> Any:
