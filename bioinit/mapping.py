@@ -169,7 +169,7 @@ class Conversion:
             MappingError: the operation does not work on such tensors.
         """
         try:
-            return self.run(inputs)
+            made = self.run(inputs)
         except _FAILURES as error:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs[:4])
             more = f" and {len(inputs) - 4} more" if inputs[4:] else ""
@@ -177,6 +177,15 @@ class Conversion:
                 f"{self.text} cannot be carried out on tensors of {shapes}{more}: "
                 f"{type(error).__name__}: {error}. Correct the config field that sizes them."
             ) from error
+        has_values = not any(tensor.is_meta for tensor in inputs)
+        for key, tensor in made.items():
+            if tensor.layout != torch.strided or (tensor.is_meta and has_values):
+                what = "no values" if tensor.is_meta else f"the layout {tensor.layout}"
+                raise MappingError(
+                    f"{self.text} made a tensor for {key!r} that has {what}. Return an ordinary "
+                    "tensor (.to_dense(), not on meta)."
+                )
+        return made
 
     def foresee(self, like: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
         """``convert`` on meta, for shapes and dtypes; None if the operation reads values.

@@ -488,3 +488,10 @@ def test_what_an_inverse_takes_must_be_a_tensor_of_its_own():
     names = Names(Mapping([Rule("both", halves)]), Mapping([fuse]))
     with pytest.raises(MappingError, match=r"'new\.4\.qk' is needed whole"):
         across(names, {"both": (2, 3)}, {"new.4.qk": (2, 3)})
+
+
+@pytest.mark.parametrize("odd", [lambda a: a.to_sparse(), lambda a: a.to("meta")])
+def test_a_result_that_is_no_ordinary_tensor_is_refused(load, odd):
+    strange = transform(sources="a.*", target="b.*")(lambda a: odd(a) if not a.is_meta else a)
+    with pytest.raises(MappingError, match="Return an ordinary tensor"):
+        load({"a.0": numbered(2, 3)}, Own(b__0=(2, 3)), Mapping([strange]))
