@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +25,18 @@ import bioinit
 from bioinit import families
 from bioinit.cli import main
 from bioinit.convert.models import check_model_id
+from bioinit.convert.work import digest_of
 from bioinit.errors import (
     BioinitError,
     ConfigError,
     PlanError,
+    RefusedCheckpoint,
     StorageError,
     UnknownFormat,
 )
 from bioinit.formats import _filling
 from bioinit.load.stream import Stream
+from bioinit.mapping import Conversion
 from bioinit.save import verify
 
 HERE = Path(__file__).parent
@@ -239,6 +243,49 @@ def test_partitions_of_neox_are_described_by_the_config_of_another_world(
 # What a person says
 
 
+_COMPUTES = {
+    "activation_func": "silu",
+    "seq_length": 128,
+    "layernorm_epsilon": 1e-5,
+    "share_embeddings_and_output_weights": False,
+    "rotary_base": 10000.0,
+    "rope_type": "default",
+}
+
+
+def test_what_shapes_do_not_prove_is_asked_for_at_once(own: Path, tmp_path: Path):
+    (own / "config.json").unlink()
+    given = {"num_query_groups": 2, "hidden_size": 32, "vocab_size": 100}
+    with pytest.raises(ConfigError) as caught:
+        bioinit.convert(own, tmp_path / "no", "nemo2", family="llama", set=given)
+    said = str(caught.value)
+    for name in ("num_attention_heads", *_COMPUTES):
+        assert f"--set {name}=" in said
+    assert "init_method_std" not in said and "dropout" not in said and "--config FILE" in said
+    assert "prove ffn_hidden_size=48, num_layers=3." in said
+    whole = {**_COMPUTES, "num_attention_heads": 4, "num_query_groups": 2}
+    found = bioinit.convert(own, tmp_path / "out", "nemo2", family="llama", set=whole)
+    assert bioinit.load_context(tmp_path / "out", "model.config.num_layers") == 3
+    assert any("assumed init_method_std=0.02" in note for note in found.plan.notes)
+    assert any("prove vocab_size=100, hidden_size=32" in note for note in found.plan.notes)
+
+
+def test_the_few_arguments_of_deepspeed_do_not_say_what_neox_computes(
+    fixtures_dir: Path, tmp_path: Path
+):
+    source = fixtures_dir / "gpt_neox"
+    for given in ({}, {"hidden_size": 64}):
+        with pytest.raises(ConfigError, match=r"num_attention_heads, seq_length.*--config FILE"):
+            bioinit.convert(source, tmp_path / "no", "hf", set=given)
+    heads = {**_COMPUTES, "num_attention_heads": 4, "rotary_percent": 0.25}
+    heads |= {"activation_func": "gelu", "use_parallel_residual": True}
+    bioinit.convert(source, tmp_path / "out", "hf", set=heads)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    wanted = json.loads((fixtures_dir / "hf/gpt_neox/safetensors/config.json").read_text())
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        assert config[name] == wanted[name]
+
+
 def test_bare_weights_need_a_config_or_a_family(own: Path, tmp_path: Path, llama: Path):
     (own / "config.json").unlink()
     with pytest.raises(BioinitError, match=r"--config FILE") as caught:
@@ -253,6 +300,7 @@ def test_bare_weights_need_a_config_or_a_family(own: Path, tmp_path: Path, llama
         "num_layers": 3,
         "num_attention_heads": 4,
         "num_query_groups": 2,
+        **_COMPUTES,
     }
     bioinit.convert(own, tmp_path / "told", "nemo2", family="llama", set=given)
     with (
@@ -454,6 +502,91 @@ def test_other_work_does_not_go_on_with_what_was_left(llama: Path, tmp_path: Pat
         torch.bfloat16
     }
     assert not left_beside(out)
+
+
+class Enough(KeyboardInterrupt):
+    """A person stops a conversion half-way."""
+
+
+def stop_half_way(done: int, total: int) -> None:
+    if done > total / 2:
+        raise Enough
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    with bioinit.open_checkpoint(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def test_the_same_names_out_of_other_elements_are_other_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[Any, ...]] = []
+    room = sys.modules["bioinit.convert"]
+    monkeypatch.setattr(room, "digest_of", lambda *given: seen.append(given) or digest_of(*given))
+    bioinit.convert(llama, tmp_path / "out", "nemo2")
+    [(source, options, given, plan, side, tensors)] = seen
+
+    def other(**changes: Any) -> str:
+        key, target = next(iter(plan.targets.items()))
+        moved = [copy._replace(**changes) for copy in target.copies] if "add" in changes else ()
+        changed = target._replace(**({"copies": tuple(moved)} if moved else changes))
+        return digest_of(
+            *(source, options, given),
+            replace(plan, targets={**plan.targets, key: changed}),
+            *(side, tensors),
+        )
+
+    first = next(iter(plan.targets.values()))
+    same = digest_of(*seen[0])
+    assert same == digest_of(*seen[0])
+    conversion = Conversion(("a",), ("b",), dict, "a function")  # type: ignore[arg-type]
+    found = [
+        same,
+        other(add=1.0),
+        other(padded=not first.padded),
+        other(copies=first.copies[1:]),
+        other(conversion=conversion),
+        other(conversion=conversion),  # nobody knows whether the function is the same
+        digest_of(source, options, {"a": 1}, plan, side, tensors),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_another_tokenizer_is_other_work(llama: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    (tmp_path / "one/vocab.txt").write_text("a")
+    out = tmp_path / "out"
+
+    def ask(which: str, progress: Any = None) -> Any:
+        return bioinit.convert(
+            llama, out, "hf", tokenizer=tmp_path / which, max_shard_size="4KB", progress=progress
+        )
+
+    with pytest.raises(Enough):
+        ask("one", stop_half_way)
+    (tmp_path / ".out.converting/vocab.txt").write_text("a")  # as if it was stopped a bit later
+    ask("two")
+    assert not (out / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "evil.py", "journal", "context/io.json", "../up"]
+)
+def test_a_sidecar_cannot_put_a_file_in_the_place_of_weights_or_of_a_config(
+    nemo: Path, tmp_path: Path, name: str
+):
+    evil = Path(shutil.copytree(nemo, tmp_path / "evil"))
+    sidecar = evil / "context/bioinit.json"
+    (evil / "context/evil.bin").write_bytes(b"evil")
+    document = json.loads(sidecar.read_text())
+    document["files"][name] = "context/evil.bin"
+    sidecar.write_text(json.dumps(document))
+    with pytest.raises(RefusedCheckpoint, match="could stand for weights"):
+        bioinit.convert(evil, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_tensor_is_ever_whole_in_memory(

@@ -8,7 +8,6 @@ again by the next one that wants the same.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from bioinit.convert.options import Options
 from bioinit.convert.output import as_it_is, beside
 from bioinit.convert.source import Source, describe, find_context, find_family
 from bioinit.convert.tables import Planned, plan, plan_as_it_is
+from bioinit.convert.work import digest_of
 from bioinit.convert.zeros import require_zeros
 from bioinit.families import open_checkpoint
 from bioinit.families.protocol import SourceField, Written
@@ -35,7 +35,6 @@ from bioinit.save import carry, with_receipt
 from bioinit.save.beside import Beside, put
 from bioinit.save.worlds import writers
 from bioinit.storage import Journal, require_free, resumable_folder
-from bioinit.version import __version__
 
 __all__ = ["Converted", "convert"]
 
@@ -153,7 +152,7 @@ def convert(
         )
         account = () if described.saved is None else described.saved.account
         tensors = stream.outgoing(lambda key: side.written.front + key)
-        work = _work(described, options, side, tensors)
+        work = digest_of(described, options, given, planned.plan, side, tensors)
         with resumable_folder(destination, work, overwrite=overwrite, keep=keep) as (at, journal):
             _write(tensors, options, side.written, at, journal)
             put(at, side.made)
@@ -212,18 +211,6 @@ def _digested(journal: Journal, weights: str) -> dict[str, str]:
         for name, note in journal.notes.items()
         if isinstance(note, dict) and "sha256" in note
     }
-
-
-def _work(source: Source, options: Options, side: Beside, tensors: Sequence[Outgoing]) -> str:
-    """A digest of everything that decides what is written."""
-    parts = (
-        __version__,
-        source.checkpoint.digest,
-        options,
-        sorted(side.made.items()),
-        [(tensor.key, tensor.shape, tensor.dtype) for tensor in tensors],
-    )
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
