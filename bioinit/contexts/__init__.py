@@ -15,7 +15,7 @@ from typing import Any
 
 from bioinit import formats
 from bioinit.contexts import _one_file, _subpath
-from bioinit.contexts._artifacts import TOKENIZER_FILES
+from bioinit.contexts._artifacts import CARRIED_FILES, TOKENIZER_FILES
 from bioinit.contexts._sidecar import PLACE as SIDECAR
 from bioinit.contexts._sidecar import Sidecar, read_sidecar
 from bioinit.contexts.checkpoint import Checkpoint, Whose
@@ -32,6 +32,7 @@ from bioinit.siblings import Siblings
 from bioinit.storage import File, Folder
 
 __all__ = [
+    "CARRIED_FILES",
     "SIDECAR",
     "TOKENIZER_FILES",
     "Checkpoint",

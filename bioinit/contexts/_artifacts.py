@@ -22,6 +22,14 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
+CARRIED_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    *TOKENIZER_FILES,
+)
+"""Files that go along with a model, by the only names that a saved config may give them."""
+
 
 def inside(text: str, where: str, at: str) -> PurePosixPath:
     """The path ``text``, which stands at ``at`` of the config ``where``.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bioinit.errors import CorruptCheckpoint
+from bioinit.contexts._artifacts import CARRIED_FILES
+from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint
 from bioinit.record.notation import require_shallow
 from bioinit.storage import File, Folder
 
@@ -28,6 +29,7 @@ def read_sidecar(home: Folder) -> Sidecar | None:
 
     Raises:
         CorruptCheckpoint: it is no sidecar.
+        RefusedCheckpoint: it gives a file a name that none which goes along has.
     """
     if home.is_file or not home.has(PLACE):
         return None
@@ -47,6 +49,11 @@ def read_sidecar(home: Folder) -> Sidecar | None:
         )
     require_shallow(carried, where)
     for name in files:
-        home.require_inside(name)
+        if name not in CARRIED_FILES:
+            raise RefusedCheckpoint(
+                f"{where} wants to put a file under the name {name!r:.200}, which could stand for "
+                f"weights, a config or code. Only {', '.join(CARRIED_FILES)} go along: remove the "
+                "entry, or get the checkpoint from a source you trust."
+            )
     found = {name: home.file(place) for name, place in files.items() if home.has(place)}
     return Sidecar(carried, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from bioinit.contexts._artifacts import TOKENIZER_FILES
+from bioinit.contexts._artifacts import CARRIED_FILES
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import CorruptCheckpoint
 from bioinit.record.notation import require_shallow
@@ -13,7 +13,6 @@ from bioinit.storage import Folder
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_CARRIED = (_GENERATION, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 
 
 def _read(folder: Folder) -> Context | None:
@@ -48,7 +47,7 @@ def _read(folder: Folder) -> Context | None:
         data=data,
         model=model if isinstance(model, str) else None,
         tree=tree,
-        carried={name: folder.file(name) for name in _CARRIED if folder.has(name)},
+        carried={name: folder.file(name) for name in CARRIED_FILES if folder.has(name)},
     )
 
 

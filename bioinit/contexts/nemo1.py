@@ -11,7 +11,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from bioinit.contexts._artifacts import inside
+from bioinit.contexts._artifacts import CARRIED_FILES, inside
 from bioinit.contexts._yaml import read_fields
 from bioinit.contexts.protocol import Context, ContextKind
 from bioinit.errors import CorruptCheckpoint
@@ -19,6 +19,7 @@ from bioinit.storage import File, Folder
 
 _FILE = "model_config.yaml"
 _OF_NEMO_2 = "context"
+_OF_TOKENIZERS = (".model", ".txt", ".vocab")
 _PREFIX = "nemo:"
 _CHECKSUM = re.compile(r"[0-9a-f]{32}_(?=.)")
 _NAMES = {
@@ -165,7 +166,10 @@ class _Artifacts:
         key = path[-1] if path else ""
         named = _NAMES.get(key) if isinstance(key, str) and "tokenizer" in path else None
         fits = named is not None and PurePosixPath(named).suffix == PurePosixPath(own).suffix
-        self.carried.setdefault(str(named) if fits else own, self.folder.file(plain))
+        output = str(named) if fits else own
+        # Another name could stand for weights, a config or code in what is written.
+        if output in CARRIED_FILES or PurePosixPath(output).suffix in _OF_TOKENIZERS:
+            self.carried.setdefault(output, self.folder.file(plain))
         return plain
 
 

@@ -52,7 +52,7 @@ def test_files_that_were_saved_along_are_carried_without_their_checksum(tmp_path
         f"  gone: nemo:{CHECKSUM}_gone.model\nmore: [nemo:{CHECKSUM}_other.bin]\n",
     )
     context = read(tmp_path)
-    assert set(context.carried) == {"tokenizer.model", "vocab.json", "merges.txt", "other.bin"}
+    assert set(context.carried) == {"tokenizer.model", "vocab.json", "merges.txt"}
     file = context.carried["tokenizer.model"]
     assert file.read(0, file.size) == b"my_sp.model"
     assert context.data["tokenizer"]["model"] == f"{CHECKSUM}_my_sp.model"
@@ -178,3 +178,10 @@ def test_a_real_config_gives_the_exact_values(
     assert {key: context.data[key] for key in expected} == expected
     assert context.data["tokenizer"]["model"] is None and context.carried == {}
     assert context.model is not None and context.model.endswith(".MegatronBertModel")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "modeling.py", "generation"])
+def test_an_artifact_cannot_stand_for_weights_or_a_config(tmp_path, name):
+    (tmp_path / "model_config.yaml").write_text(f"target: x\nstolen: nemo:{name}\n")
+    (tmp_path / name).write_text("evil")
+    assert name not in read(tmp_path).carried
