@@ -11,6 +11,7 @@ from bioinit import contexts, families
 from bioinit.config import TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.contexts.protocol import Context
+from bioinit.convert.proved import is_whole, proved, require_stated
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family, ReadFields
 from bioinit.layout import Dims
@@ -38,6 +39,8 @@ class Source:
     decisions: tuple[Decision, ...]
     missing: tuple[str, ...]
     carried: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
+    """What was concluded or assumed where no saved config says it."""
 
     @property
     def shapes(self) -> dict[str, Dims]:
@@ -92,7 +95,8 @@ def describe(
     """The source as a config of its family describes it, ``given`` on top of what is saved.
 
     Raises:
-        ConfigError: no such field, a value that does not fit, or nothing says a size.
+        ConfigError: no such field, a value that does not fit, or nothing states what the model
+            computes.
         PlanError: what is saved is no config of the family.
     """
     family = families.load(name)
@@ -106,6 +110,15 @@ def describe(
     origins = {f"model.{field}": Origin("command line", "--set") for field in written}
     if context is not None:
         origins.setdefault("model.architecture", Origin("checkpoint", context.where))
+    dialect = families.dialect_in(family, context, checkpoint.tensors)
+    notes: tuple[str, ...] = ()
+    if not is_whole(context) and family.dialects:
+        make_record(cls, written, origins, at="model")  # a wrong name is the better message
+        by_shapes = proved(family, dialect, cls, architecture, shapes)
+        fields = {**by_shapes, **(fields or {})}
+        shown = {n: f for n, f in by_shapes.items() if fields[n] is f and n not in written}
+        who = _who(checkpoint, context)
+        notes = require_stated(cls, {*fields, *written}, shown, dialect, who)
 
     def settled(raw: Mapping[str, Any]) -> tuple[TrainableModelConfig, Any]:
         merged = merge(make_record(cls, raw, origins, at="model"), fields, origins, "recipe")
@@ -126,11 +139,18 @@ def describe(
         context,
         config,
         saved,
-        families.dialect_in(family, context, checkpoint.tensors),
+        dialect,
         merged.decisions,
-        merged.missing,
+        () if context is None else merged.missing,
         carried_fields(context, saved),
+        notes,
     )
+
+
+def _who(checkpoint: Checkpoint, context: Context | None) -> str:
+    if context is None:
+        return f"{checkpoint.path} has no saved config"
+    return f"{context.where} says a part of the config only"
 
 
 def _architecture(context: Context) -> str | None:

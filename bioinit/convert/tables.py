@@ -82,6 +82,7 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
         dtype=dtype or "stored",
         notes=[
             *notes_on(source.checkpoint, spelling, source.saved, source.missing),
+            *source.notes,
             *_affine(names),
         ],
     )
