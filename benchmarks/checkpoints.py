@@ -125,13 +125,14 @@ def ensure(folder: Path, build: Callable[[Path], None], wanted: object) -> Path:
 
 
 def decoder(work: Path, size: Size) -> Path:
-    """The decoder as ``single``, ``shards``, ``bin``, ``dcp``, ``torch_dist`` and ``zarr``.
+    """The decoder as ``single``, ``shards``, ``bin``, ``dcp``, ``torch_dist``, ``zarr``, ``nemo2``.
 
     ``expected.json`` is beside them.
     """
     made = ensure(work / "decoder", lambda folder: _build_decoder(folder, size), size.decoder)
     _add_torch_dist(made)
     _add_zarr(made)
+    _add_nemo2(made)
     return made
 
 
@@ -231,6 +232,15 @@ def _add_torch_dist(folder: Path) -> None:
     torch.save({}, made / "common.pt")
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (made / "metadata.json").write_text(json.dumps(config))
+
+
+def _add_nemo2(folder: Path) -> None:
+    """The decoder in NeMo 2's names and layouts: layers stacked, query, key and value fused."""
+    if not (folder / "nemo2").exists():
+        import bioinit
+
+        bioinit.convert(folder / "single", folder / "nemo2", to="nemo2")
+        shutil.copy(folder / "single" / "config.json", folder / "nemo2")  # what the module is
 
 
 def _add_zarr(folder: Path) -> None:

@@ -87,6 +87,12 @@ SCENARIOS = {
         container="zarr",
         devices=("cpu",),
     ),
+    "nemo2": Scenario(
+        title="Whole decoder as NeMo 2 stores it, into the model of transformers",
+        ways=("load_weights", "alike"),
+        container="nemo2",
+        devices=("cpu",),
+    ),
     "huge": Scenario(
         title="Whole decoder, huge pages for torch's allocator too (THP_MEM_ALLOC_ENABLE=1)",
         ways=(*MINE, *FAST, "torch_copy", "runai", "fastsafetensors"),

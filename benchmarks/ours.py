@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ def initialize(job: Job) -> nn.Module:
         skip = ",".join(job.skip)
         overrides.append(f"model.initial_ckpt_skip_keys_with_these_prefixes=[{skip}]")
     return bioinit.initialize(bioinit.compose("auto/as_saved", overrides)).model
+
+
+def from_safetensors(job: Job) -> nn.Module:
+    """The same weights, stored as the module names them."""
+    return load_weights(replace(job, path=str(Path(job.path).with_name("single"))))
 
 
 def bare_preadv(job: Job) -> torch.Tensor:
@@ -115,5 +121,6 @@ LIMITS = {
         run=bare_preadv,
         can=frozenset({"cells"}),
     ),
+    "alike": Way(label="limit: bioinit.load_weights from safetensors", run=from_safetensors),
     "pinned": Way(label="limit: pinned host to device", run=pinned_copy, can=frozenset({"cuda"})),
 }
