@@ -436,13 +436,40 @@ def test_copies_of_a_tied_tensor_are_compared(own: Path, tmp_path: Path):
 def test_what_stands_at_the_destination_is_left_alone(llama: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("mine")
-    with pytest.raises(StorageError, match="not empty"):
+    with pytest.raises(StorageError, match=r"not empty.*replaced with --overwrite"):
         bioinit.convert(llama, tmp_path / "out")
-    with pytest.raises(StorageError, match="the checkpoint"):
+    with pytest.raises(StorageError, match=r"the checkpoint.*Choose another destination"):
         bioinit.convert(llama, llama, overwrite=True)
     assert (tmp_path / "out/precious").read_text() == "mine"
     bioinit.convert(llama, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out/precious").exists() and not left_beside(tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_what_is_read_beside_the_source_is_not_replaced(llama: Path, tmp_path: Path, what: str):
+    out = Path(shutil.copytree(llama, tmp_path / "out"))
+    given = {"config": out / "config.json", "tokenizer": out}[what]
+    with pytest.raises(StorageError, match=r"(is|holds) the checkpoint"):
+        bioinit.convert(llama, out, overwrite=True, **{what: given})
+    assert (out / "tokenizer.json").exists()
+
+
+def test_the_hidden_folder_is_used_only_if_it_is_ours(llama: Path, tmp_path: Path):
+    hidden = tmp_path / ".out.converting"
+    source = Path(shutil.copytree(llama, hidden))
+    with pytest.raises(StorageError, match=r"\.out\.converting: it is .* being read"):
+        bioinit.convert(source, tmp_path / "out")
+    with pytest.raises(StorageError, match=r"\.out\.converting: unfinished work goes there"):
+        bioinit.convert(llama, tmp_path / "out")
+    assert (source / "model.safetensors").exists()
+    shutil.rmtree(hidden)
+    hidden.write_text("a file")
+    with pytest.raises(StorageError, match=r"\.out\.converting: unfinished work goes there"):
+        bioinit.convert(llama, tmp_path / "out")
+    hidden.unlink()
+    hidden.mkdir()  # as a process leaves it that was killed at once
+    bioinit.convert(llama, tmp_path / "out")
+    assert not left_beside(tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing_behind(

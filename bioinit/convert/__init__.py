@@ -34,12 +34,15 @@ from bioinit.report import human_bytes, printable, raise_for, render_claims
 from bioinit.save import carry, with_receipt
 from bioinit.save.beside import Beside, put
 from bioinit.save.worlds import writers
-from bioinit.storage import Journal, require_free, resumable_folder
+from bioinit.storage import Journal, Words, require_free, resumable_folder
 
 __all__ = ["Converted", "convert"]
 
 Progress = Callable[[int, int], None]
 """Told how many bytes have been read, and how many there are."""
+
+
+_WORDS = Words("destination", "--overwrite")
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,9 @@ def convert(
     started = time.perf_counter()
     options = Options.of(to, format, dtype, partitions, max_shard_size, tuple(drop))
     with open_checkpoint(source) as checkpoint:
-        keep = (checkpoint.path, *(file.path for file in checkpoint.files))
-        require_free(destination, overwrite=overwrite, keep=keep)
+        beside_it = [Path(given).expanduser() for given in (config, tokenizer) if given is not None]
+        keep = (checkpoint.path, *(file.path for file in checkpoint.files), *beside_it)
+        require_free(destination, overwrite=overwrite, keep=keep, words=_WORDS)
         context = find_context(checkpoint, config)
         name = find_family(checkpoint, context, family)
         given = dict(set or {})
@@ -153,7 +157,10 @@ def convert(
         account = () if described.saved is None else described.saved.account
         tensors = stream.outgoing(lambda key: side.written.front + key)
         work = digest_of(described, options, given, planned.plan, side, tensors)
-        with resumable_folder(destination, work, overwrite=overwrite, keep=keep) as (at, journal):
+        with resumable_folder(destination, work, overwrite=overwrite, keep=keep, words=_WORDS) as (
+            at,
+            journal,
+        ):
             _write(tensors, options, side.written, at, journal)
             put(at, side.made)
             carry(at, side.homes, side.copied)

@@ -11,13 +11,14 @@ from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled, in_memory
 from bioinit.storage.workers import run_workers, worker_count
-from bioinit.storage.write import atomic_folder, require_free, resumable_folder
+from bioinit.storage.write import Words, atomic_folder, require_free, resumable_folder
 
 __all__ = [
     "File",
     "Folder",
     "Journal",
     "Made",
+    "Words",
     "atomic_folder",
     "disk_error",
     "filled",

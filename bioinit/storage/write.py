@@ -1,29 +1,31 @@
 """A folder written whole or not at all.
 
 It is filled under a hidden name beside its place and renamed when every byte of it is on the disk.
-Whatever stops the writer half-way, nothing stands under the final name; after an error or Ctrl-C
-the hidden folder is gone too, and what a killed process left is removed by the next one that writes
-the same folder. A folder that holds something is replaced only where that is allowed, and never one
-that is being read.
+Whatever stops the writer half-way, nothing stands under the final name. After an error the hidden
+folder is gone too. After Ctrl-C, or a kill, it stays only where the work can be gone on with
+(``resumable_folder``), for the next one that asks for the same; otherwise it is removed, by Ctrl-C
+or by the next one that writes the same folder. A folder that holds something is replaced only where
+that is allowed, and never one that is being read.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from bioinit.errors import BioinitError, StorageError
 from bioinit.storage.exchange import exchange
 from bioinit.storage.file import disk_error
-from bioinit.storage.journal import Journal, is_journal_of
+from bioinit.storage.journal import Journal, holds_journal, is_journal_of
+from bioinit.storage.lock import locked
 
 LONGEST_NAME = 255  # bytes in one part of a path, NAME_MAX of Linux
 _NAMES_SHOWN = 3
@@ -32,6 +34,16 @@ _RESUMABLE = "converting"
 # How the libraries that write weights report what the system told them: safetensors and torch.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_FAILED = ("file write failed", "PytorchStreamWriter failed", "unexpected pos")
+
+
+class Words(NamedTuple):
+    """What the places and switches of a verb are called where people are told of them."""
+
+    place: str = "output_dir"
+    replace: str = "output.overwrite=true"
+
+
+_OF_INIT = Words()
 
 
 @contextmanager
@@ -55,7 +67,7 @@ def atomic_folder(
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, f"make the folder {final.parent}") from error
-    with _lock(final):
+    with locked(final):
         _recover(final)
         require_free(final, overwrite=overwrite, keep=kept)
         partial = _hidden(final, "partial")
@@ -71,43 +83,81 @@ def atomic_folder(
 
 @contextmanager
 def resumable_folder(
-    path: str | Path, work: str, *, overwrite: bool = False, keep: Iterable[Path] = ()
+    path: str | Path,
+    work: str,
+    *,
+    overwrite: bool = False,
+    keep: Iterable[Path] = (),
+    words: Words = _OF_INIT,
 ) -> Iterator[tuple[Path, Journal]]:
     """As :func:`atomic_folder`, for work that a killed process may have begun.
 
     The hidden folder has one name, so the next process finds it; its journal says what of it is
     whole. After an error it is removed. What was interrupted stays, for who asks for the same
-    again.
+    again. What the journal says is whole is trusted by its name and size.
 
     Args:
         path: as above.
         work: a digest of everything that decides what is written.
         overwrite: as above.
         keep: as above.
+        words: what ``path`` and ``overwrite`` are called.
 
     Raises:
         StorageError: as above.
     """
     kept = tuple(keep)
-    final = require_free(path, overwrite=overwrite, keep=kept)
+    final = require_free(path, overwrite=overwrite, keep=kept, words=words)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, f"make the folder {final.parent}") from error
-    with _lock(final):
+    with locked(final):
         _recover(final)
-        require_free(final, overwrite=overwrite, keep=kept)
-        partial = final.parent / f".{final.name}.{_RESUMABLE}"
+        require_free(final, overwrite=overwrite, keep=kept, words=words)
+        partial = _resumable(final)
+        _require_ours(partial, kept)
         try:
             with _explained(final), _begun(partial, work) as journal:
                 yield partial, journal
-                os.unlink(partial / Journal.NAME)
                 _flush(partial)
-                _move_into_place(partial, final, overwrite)
+                # Last, since a folder without it is nobody's work.
+                os.unlink(partial / Journal.NAME)
+                _sync(partial)
+                _move_into_place(partial, final, overwrite, words)
                 shutil.rmtree(partial, ignore_errors=True)  # what stood there, if it was exchanged
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _resumable(final: Path) -> Path:
+    return final.parent / f".{final.name}.{_RESUMABLE}"
+
+
+def _require_ours(partial: Path, keep: Iterable[Path]) -> None:
+    """Refuse to go on in, or to remove, what is being read or what no earlier process left."""
+    real = Path(os.path.realpath(partial))
+    for kept in keep:
+        place = Path(os.path.realpath(kept))
+        if real == place or real in place.parents:
+            raise StorageError(
+                f"cannot write in {partial}: it {'is' if real == place else 'holds'} {kept}, which "
+                "is being read, and unfinished work goes there. Move it, or choose another path."
+            )
+    if os.path.lexists(partial) and not holds_journal(partial) and not _is_empty(partial):
+        raise StorageError(
+            f"cannot write in {partial}: unfinished work goes there, and what is there is none of "
+            "an earlier process. Move or remove it, or choose another path."
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether ``path`` is a folder without content, as a process leaves that had just begun."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode) and not os.listdir(path)
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -156,7 +206,13 @@ def _hidden(final: Path, kind: str) -> Path:
     return final.parent / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
 
 
-def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Path] = ()) -> Path:
+def require_free(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    keep: Iterable[Path] = (),
+    words: Words = _OF_INIT,
+) -> Path:
     """The absolute ``path``, if a folder may be written there; nothing is changed.
 
     Asked before anything is loaded, and again by :func:`atomic_folder` when it writes.
@@ -165,6 +221,7 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
         path: where the folder will stand; ``~`` is a home directory.
         overwrite: whether a folder that is not empty may be replaced.
         keep: files and folders that are being read. What is written may not replace one of them.
+        words: what ``path`` and ``overwrite`` are called.
 
     Raises:
         StorageError: something is there, or it would touch what is kept, or its parent cannot be
@@ -173,7 +230,7 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
     final = Path(os.path.abspath(os.path.expanduser(path)))
     try:
         taken = len(os.fsencode(_hidden(final, "partial").name))
-        _require_apart(final, keep)
+        _require_apart(final, keep, words)
     except ValueError as error:  # a NUL byte, or half of a character
         raise StorageError(
             f"cannot write {str(final)!r}: a path cannot hold such characters. Choose another path."
@@ -204,13 +261,13 @@ def require_free(path: str | Path, *, overwrite: bool = False, keep: Iterable[Pa
         raise StorageError(
             f"cannot write {final}: it is not empty, it holds "
             f"{', '.join(map(repr, held[:_NAMES_SHOWN]))}{more}. Choose another folder, or let all "
-            "of it be replaced with output.overwrite=true."
+            f"of it be replaced with {words.replace}."
         )
     _require_writable(final.parent)
     return final
 
 
-def _require_apart(final: Path, keep: Iterable[Path]) -> None:
+def _require_apart(final: Path, keep: Iterable[Path], words: Words) -> None:
     """Refuse to replace what is being read, and the folders that nobody means to replace."""
     real = Path(os.path.realpath(final))
     reasons = [(Path(os.path.realpath(kept)), f"the checkpoint {kept}") for kept in keep]
@@ -222,7 +279,7 @@ def _require_apart(final: Path, keep: Iterable[Path]) -> None:
         if real == place or real in place.parents:
             raise StorageError(
                 f"cannot write {final}: it {'is' if real == place else 'holds'} {what}. "
-                "Choose an output_dir that stands apart from it."
+                f"Choose another {words.place}, which stands apart from it."
             )
 
 
@@ -257,7 +314,7 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
+def _move_into_place(partial: Path, final: Path, overwrite: bool, words: Words = _OF_INIT) -> None:
     try:
         os.rename(partial, final)
     except OSError as error:
@@ -266,9 +323,9 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
         if not overwrite:
             raise StorageError(
                 f"cannot write {final}: something was written there in the meantime. Choose "
-                "another path, or allow it to be replaced with output.overwrite=true."
+                f"another path, or allow it to be replaced with {words.replace}."
             ) from error
-        require_free(final, overwrite=True)
+        require_free(final, overwrite=True, words=words)
         if exchange(partial, final):  # what was there is removed with the partial folder
             _sync(final.parent)
             return
@@ -281,47 +338,6 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     _sync(final.parent)
-
-
-@contextmanager
-def _lock(final: Path) -> Iterator[None]:
-    """Keep other processes from writing ``final``: the first one wins, the others are told."""
-    path = final.parent / f".{final.name}.lock"
-    descriptor = _locked(path, final)
-    try:
-        yield
-    finally:
-        # Removed while it is still held, so nobody can lock a file that is about to vanish.
-        with suppress(OSError):
-            os.unlink(path)
-        os.close(descriptor)
-
-
-def _locked(path: Path, final: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise disk_error(error, f"write in {final.parent}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise StorageError(
-                f"cannot write {final}: another process is writing it now. Wait for it, or choose "
-                "another path."
-            ) from error
-        except FileNotFoundError:
-            pass  # the one who held it removed it just now: try again
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                # No locks on this file system; the rename at the end still lets only one win.
-                return descriptor
-            os.close(descriptor)
-            raise disk_error(error, f"lock {path}") from error
-        os.close(descriptor)
 
 
 def _recover(final: Path) -> None:
