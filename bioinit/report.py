@@ -132,11 +132,18 @@ class LoadReport:
         return "\n".join(lines)
 
 
+_PLAN = "the plan has"
+
+
 def raise_for(problems: Sequence[Problem], what: str, shown: int = 8) -> None:
-    """Raise a :class:`PlanError` with the first ``shown`` of ``problems``, if there are any."""
+    """Raise a :class:`PlanError` with ``problems``, if there are any.
+
+    Of a plan the first ``shown``, for `bioinit plan` lists all; nothing else lists the others.
+    """
     if not problems:
         return
     lines = [f"{what} {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
+    shown = shown if what == _PLAN else len(problems)
     lines.extend(printable(f"  {problem}") for problem in problems[:shown])
     if len(problems) > shown:
         lines.append(f"  ... and {len(problems) - shown} more; `bioinit plan` lists all.")

@@ -365,9 +365,30 @@ def test_shards_are_no_larger_than_asked_for(llama: Path, tmp_path: Path):
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert len(sizes) > 3 and max(sizes) < 25_000
     assert torch.equal(logits(tmp_path / "out"), logits(llama))
-    for wrong in ("5 bananas", "0", 0):
+    for wrong in ("5 bananas", "0", 0, "9" * 5000):
         with pytest.raises(ConfigError, match="is no size"):
             bioinit.convert(llama, tmp_path / "no", max_shard_size=wrong)
+
+
+def test_a_class_that_nobody_knows_is_told_with_the_one_that_takes_its_place(
+    own: Path, tmp_path: Path
+):
+    say(own, architectures=["LlamaForSpecialThing"])
+    notes = bioinit.convert(own, tmp_path / "out", "nemo2").plan.notes
+    [note] = [note for note in notes if "LlamaForSpecialThing" in note]
+    assert "causal_lm" in note
+
+
+@pytest.mark.parametrize(
+    "to, option",
+    [("hf", {"partitions": 4}), ("nemo2", {"partitions": 2}), ("nemo2", {"max_shard_size": "1GB"})],
+)
+def test_an_option_that_the_format_does_not_look_at_is_refused(
+    llama: Path, tmp_path: Path, to: str, option: dict[str, Any]
+):
+    with pytest.raises(ConfigError, match="means nothing to the format"):
+        bioinit.convert(llama, tmp_path / "no", to, **option)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_model_that_no_family_knows_changes_its_dtype_and_nothing_else(tmp_path: Path):
@@ -669,3 +690,16 @@ def test_differences_of_training_alone_are_said_and_are_no_error():
     )
     said = check_model_id("meta-llama/Llama-2-7b-hf", SimpleNamespace(name="llama", config=config))
     assert said == ("not as meta-llama/Llama-2-7b-hf: seq_length is 2048, the preset has 4096",)
+
+
+def test_what_fills_a_tensor_and_what_does_not_fit_are_named_as_they_are_stored(
+    llama: Path, tmp_path: Path
+):
+    found = bioinit.convert(llama, tmp_path / "out", "nemo2")
+    rules = {claim.key: claim.rule for claim in found.plan.tensors}
+    qkv = rules["decoder.layers.self_attention.linear_qkv.weight"]
+    assert qkv.startswith("view model.layers.*.self_attn.{q_proj,k_proj,v_proj}.weight -> ")
+    back = bioinit.convert(tmp_path / "out", tmp_path / "back").plan.tensors
+    assert all("part of" in claim.rule for claim in back if ".q_proj" in claim.key)
+    with pytest.raises(PlanError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' is stored as"):
+        bioinit.convert(llama, tmp_path / "no", "nemo2", set={"ffn_hidden_size": 64})

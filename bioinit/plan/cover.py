@@ -28,11 +28,15 @@ class Source(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """The shapes of one canonical tensor that disagree, or a rule that does not fit the dims."""
+    """The shapes of one canonical tensor that disagree, or a rule that does not fit the dims.
+
+    ``name`` is a stored tensor that is a part of it.
+    """
 
     stored: Dims
     wanted: Dims
     reason: str = ""
+    name: str = ""
 
 
 class Cover(NamedTuple):
@@ -187,7 +191,7 @@ class Sources:
             skipped = skipped or self._skip_by_canonical.get(canonical)
             sources = self._sources.get(canonical, ())
             if sources and extent != wanted[canonical]:
-                mismatch = mismatch or Mismatch(extent, wanted[canonical])
+                mismatch = mismatch or Mismatch(extent, wanted[canonical], name=sources[0].name)
                 if len(extent) != len(wanted[canonical]):
                     continue
             first = sources[0].name if sources else ""

@@ -13,7 +13,7 @@ from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import Pattern, suggestion
 from bioinit.layout import Dims, numel
 from bioinit.mapping import Conversion, Names
-from bioinit.plan.cover import Cover, Skips, Sources
+from bioinit.plan.cover import Cover, Mismatch, Skips, Sources
 from bioinit.plan.facts import Copy, DtypeRule, Model, TargetPlan
 from bioinit.report import Claim, ClaimKind
 from bioinit.targets import Target
@@ -87,7 +87,7 @@ class Decisions:
             if dtype != target.dtype and not _can_hold(target.dtype, dtype):
                 return self._wrong_kind(target, cover.names[0], dtype)
         final = self._final_dtype(target, stored)
-        rule = self._rule_text(target.key, cover.names[0])
+        rule = self._rule_text(target.key, cover)
         if cover.padding:
             note = "; ".join(filter(None, (note, f"{cover.padding} elements of padding are zero")))
         if note:
@@ -111,9 +111,9 @@ class Decisions:
         rule = "zero: the checkpoint's world has no such tensor"
         return TargetPlan(claim_of(target, "loaded", rule, final), final, padded=True)
 
-    def _rule_text(self, key: str, name: str) -> str:
-        """What happens between the stored name and the live key; ``copy`` if nothing does."""
-        spelled = self.sources.spelled(name)
+    def _rule_text(self, key: str, cover: Cover) -> str:
+        """What happens between the stored names and the live key; ``copy`` if nothing does."""
+        spelled = self.sources.spelled(cover.names[0])
         disk, memory = self.names.disk.rule_for(spelled), self.names.memory.rule_for(key)
         if disk is None or memory is None or disk is memory:
             return "copy" if disk is None else disk.text
@@ -122,9 +122,16 @@ class Decisions:
             return "copy" if same else f"rename {disk.pattern_text} -> {memory.pattern_text}"
         if not disk.note and not memory.note and "copy" not in (disk.text, memory.text):
             verb = "rename" if disk.is_rename and memory.is_rename else "view"
-            return f"{verb} {disk.pattern_text} -> {memory.pattern_text}{disk.added}{memory.added}"
+            return f"{verb} {self._from(cover)} -> {memory.pattern_text}{disk.added}{memory.added}"
         texts = [rule.text for rule in (disk, memory) if rule.text != "copy"]
         return "; ".join(dict.fromkeys(texts)) or "copy"
+
+    def _from(self, cover: Cover) -> str:
+        """The patterns of all that is stored of a target, and whether it is more than that."""
+        rules = (self.names.disk.rule_for(self.sources.spelled(name)) for name in cover.names)
+        patterns = list(dict.fromkeys(rule.pattern_text for rule in rules if rule is not None))
+        whole = sum(numel(self.sources.stored[name].shape) for name in cover.names)
+        return ("part of " if cover.covered < whole else "") + _alternatives(patterns)
 
     def _wrong_kind(self, target: Target, name: str, dtype: torch.dtype) -> TargetPlan:
         return self._problem(
@@ -223,7 +230,7 @@ class Decisions:
                 f"Correct the field that sizes it, or skip its prefix in {SKIP_LIST}.",
             )
         stored, wanted = mismatch.stored, mismatch.wanted
-        text = f"stored as {shape_text(stored)}, but the model has {shape_text(wanted)}"
+        text = self._unlike(target, mismatch)
         if self.init.on_mismatch == "init":
             return self._unloaded(target, "initialized", f"init.on_mismatch=init: {text}")
         rows_only = len(stored) == len(wanted) and stored[1:] == wanted[1:]
@@ -234,11 +241,21 @@ class Decisions:
         return self._problem(
             target,
             "mismatch",
-            f"{target.key!r} is {text}.",
+            f"{target.key!r} {text}.",
             f"Set the field that sizes it to the checkpoint's value, skip its prefix in {SKIP_LIST}"
             + (", set init.on_mismatch=resize," if rows_only and is_vocab else "")
             + " or set init.on_mismatch=init.",
         )
+
+    def _unlike(self, target: Target, mismatch: Mismatch) -> str:
+        """The shapes that disagree, as people see them: of the stored tensor and of the target."""
+        shape = self.sources.stored[mismatch.name].shape
+        said = f"is {shape_text(target.shape)}, but {mismatch.name!r} is stored as "
+        said += shape_text(shape)
+        if shape != target.shape or mismatch.wanted == target.shape:
+            return said
+        divided = f"{shape_text(mismatch.wanted)} and {shape_text(mismatch.stored)}"
+        return f"{said}, divided otherwise: {divided}"
 
     def _unloaded(self, target: Target, kind: ClaimKind, rule: str) -> TargetPlan:
         final = self._final_dtype(target, (self._common or target.dtype,))
@@ -276,6 +293,21 @@ def claim_of(
 ) -> Claim:
     name = dtype_name(dtype)
     return Claim(target.key, target.shape, name, kind, rule, sources, bytes, cast, init)
+
+
+def _alternatives(patterns: Sequence[str]) -> str:
+    """Several patterns as one, ``a.{b,c}.weight``; in a row if they differ in length.
+
+    >>> _alternatives(["l.*.q.weight", "l.*.k.weight"])
+    'l.*.{q,k}.weight'
+    """
+    rows = [pattern.split(".") for pattern in patterns]
+    if len({len(row) for row in rows}) != 1:
+        return ", ".join(patterns)
+    columns = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+    if sum(len(column) > 1 for column in columns) > 1:
+        return ", ".join(patterns)
+    return ".".join(c[0] if len(c) == 1 else f"{{{','.join(c)}}}" for c in columns)
 
 
 def _further_copies(covers: Sequence[Cover]) -> tuple[tuple[str, tuple[Copy, ...]], ...]:
