@@ -269,6 +269,7 @@ class Rule:
     ``text`` is what a report prints for it. A rule without parts says that a tensor is known and
     not needed; ``note`` says why. With ``fill``, what no part reaches of a tensor is zero. With
     ``zero``, all of it is for a checkpoint of a world that has no such tensor.
+    ``is_loss`` says that a tensor without parts was trained: whoever converts would lose it.
     ``shift`` is added to the number that the first wildcard of the key catches, where a dialect
     counts its layers from another number on.
 
@@ -282,6 +283,7 @@ class Rule:
     fill: bool = False
     zero: bool = False
     shift: int = 0
+    is_loss: bool = False
 
     def __post_init__(self) -> None:
         have = len(self.pattern.wildcards)
@@ -334,9 +336,9 @@ def rename(key: str, to: str, note: str = "") -> Rule:
     return Rule(key, (Part(to),), note)
 
 
-def dropped(key: str, why: str) -> Rule:
+def dropped(key: str, why: str, *, is_loss: bool = False) -> Rule:
     """A rule for a tensor that is known and not needed."""
-    return Rule(key, (), why)
+    return Rule(key, (), why, is_loss=is_loss)
 
 
 def stacked(rule: Rule, wildcard: int = 0) -> Rule:

@@ -16,6 +16,7 @@ from bioinit.families.protocol import Canonical
 from bioinit.formats._filling import SLAB_BYTES
 from bioinit.initialize.said import about, notes_on
 from bioinit.initialize.sides import solved
+from bioinit.keys import SkipPrefix
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
@@ -87,7 +88,8 @@ def plan(source: Source, to: str, dtype: torch.dtype | None, drop: Sequence[str]
         ],
     )
     unclaimed, zeros = _left(planned, held, space, table, to)
-    problems = (*map(_in_words, planned.problems), *unclaimed)
+    lost = _lost(source, names.disk, spelling, drop)
+    problems = (*map(_in_words, planned.problems), *unclaimed, *lost)
     return Planned(_finished(planned, source, problems), zeros)
 
 
@@ -167,6 +169,23 @@ def _left(
             )
         )
     return problems, tuple(zeros)
+
+
+def _lost(
+    source: Source, table: Table, spelling: Spelling, drop: Sequence[str]
+) -> Iterator[Problem]:
+    """What was trained and no other world has a model for: it is left behind only if asked."""
+    skips = [SkipPrefix(text) for text in drop]
+    for name, shape in source.shapes.items():
+        rule = table.rule_for(spelling.spell(name))
+        if rule is None or not rule.is_loss or any(skip.matches(name) for skip in skips):
+            continue
+        yield Problem(
+            "unused",
+            name,
+            f"the source holds {name!r} {list(shape)}: {rule.note}, which would be lost.",
+            f"Leave it behind with --drop {name.rpartition('.')[0]}.",
+        )
 
 
 def _of_parts(unused: Unused, space: Mapping[str, Canonical]) -> Iterator[Problem]:

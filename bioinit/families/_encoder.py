@@ -180,7 +180,7 @@ def bert_heads(config: Any) -> dict[str, Canonical]:
 def own_heads() -> Iterator[Rule]:
     """Heads for one task that BioNeMo puts on an encoder, which transformers has no model for."""
     for task in ("regression", "classification"):
-        yield dropped(f"{task}_head.**", "a head of BioNeMo's own")
+        yield dropped(f"{task}_head.**", "a head of BioNeMo's own", is_loss=True)
 
 
 def spells_before(stored: Collection[str], *, learned: bool) -> bool:
