@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from bioinit.backends.transformers.named import Line, linear
+from bioinit.backends.transformers.named import Line, check_sizes, linear
 from bioinit.errors import ConfigError
 from bioinit.families._megatron import heads_of
 from bioinit.families.protocol import Canonical
@@ -98,10 +98,11 @@ def check_heads(config: Any) -> None:
     """Raise if query groups do not divide the heads.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not, or a size is none.
     """
+    check_sizes(config)
     heads, groups = config.num_attention_heads, config.num_query_groups
-    if heads < 1 or groups < 1 or heads % groups:
+    if heads % groups:
         raise ConfigError(
             f"num_attention_heads={heads} is no multiple of num_query_groups={groups}. Correct one "
             "of them; num_query_groups is the number of heads when it is left out."

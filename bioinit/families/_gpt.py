@@ -16,7 +16,7 @@ from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
 from bioinit.families import _legacy, _megatron
 from bioinit.families._fields import Codec, Joint, Only, World
-from bioinit.families._joints import joints
+from bioinit.families._joints import Biases, joints
 from bioinit.families._kinds import GENERAL, Kind, kind_of
 from bioinit.families._runtime import DENSE
 from bioinit.families._vocabulary import vocabulary
@@ -49,7 +49,9 @@ class Gpt:
     first, and ``bridge`` likewise; ``at`` is the module of the former, ``at_bridge`` that of the
     latter. ``config_class`` picks the class that is written. ``fits`` says whether a config of no
     class in particular describes this family. What a world has besides goes into ``names`` (theirs
-    to ours), ``joint``, ``only`` and ``lacks``, by the world's name; Bridge has what NeMo 2 has.
+    to ours), ``joint`` and ``only``, by the world's name; Bridge has what NeMo 2 has. A family's
+    joint takes the place of a common one that shares a field with it. ``lacks`` are fields of ours
+    that no world of Megatron has a word for, with the values that need none.
     """
 
     tensors: Callable[[Any], Mapping[str, Canonical]]
@@ -63,8 +65,9 @@ class Gpt:
     bridge: Mapping[str, Mapping[str, Any]]
     config_class: Callable[[Any], str]
     is_zero_centered: bool = False
-    has_biases: bool = False
-    """Whether linear layers may have biases: ``add_attention_bias``, ``add_mlp_bias``."""
+    has_biases: Biases = "none"
+    """Which linear layers may have biases. ``all``: our fields are ``add_attention_bias`` and
+    ``add_mlp_bias``; ``qkv``: it is ``add_qkv_bias``."""
     scales: bool = False
     """Whether NeMo 2's class knows the rotary scaling of Llama 3.1."""
     writes_vocab_size: bool = False
@@ -91,9 +94,14 @@ class Gpt:
         return {name: self._dialect(world) for name, world in worlds.items()}
 
     def rules(self, config: Any, shapes: Mapping[str, Dims], body: str) -> list[Rule]:
-        """The table of all four worlds; what is written has norms around zero where ours are."""
-        plain = self.is_zero_centered and bool(shapes) and not getattr(config, ZERO_CENTERED)
-        add = -1.0 if plain else 0.0
+        """The table of all four worlds.
+
+        A checkpoint that is read, or a live model, may have norms around one where ours are around
+        zero; what is to be written (there are no shapes yet) has them as ours are.
+        """
+        is_read = len(shapes) > 0
+        is_around_one = self.is_zero_centered and not getattr(config, ZERO_CENTERED)
+        add = -1.0 if is_read and is_around_one else 0.0
         layers = (*self.layers(config), *self.norms(config, add))
         more = [_megatron.both(rule) for rule in layers]
         return [
@@ -112,19 +120,25 @@ class Gpt:
         """The fields of this family in one world."""
         like = "nemo2" if dialect == "bridge" else dialect
         names = {**{name: name for name in SAME}, **NAMES[like], **self.names.get(like, {})}
-        joint = (
-            *joints(
-                like,
-                gated=self.gated,
-                normalization=self.normalization,
-                is_zero_centered=self.is_zero_centered,
-                has_biases=self.has_biases,
-                scales=self.scales,
-            ),
-            *self.joint.get(like, ()),
+        own = self.joint.get(like, ())
+        common = joints(
+            like,
+            gated=self.gated,
+            normalization=self.normalization,
+            is_zero_centered=self.is_zero_centered,
+            has_biases=self.has_biases,
+            scales=self.scales,
         )
+        replaced = {name for one in own for name in one.theirs}
+        joint = (*(one for one in common if replaced.isdisjoint(one.theirs)), *own)
         taken = {*names, *(name for one in joint for name in one.theirs)}
         only = {**REFUSED[like], **self.only.get(like, {})}
+        twice = sorted(taken.intersection(self.only.get(like, {})))
+        if twice:
+            raise ConfigError(
+                f"{', '.join(twice)} of {like} cannot have one meaning alone: a name or a joint "
+                "reads it already. Leave it out of `only`, or give a joint of the family's own."
+            )
         if like == "nemo2":
             only |= {
                 "normalization": Only((self.normalization,), _NORMS),

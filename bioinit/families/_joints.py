@@ -6,11 +6,14 @@ The spellings are those of :mod:`bioinit.families._worlds`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from bioinit.families._fields import Joint
 from bioinit.families._kinds import of_arguments, of_nemo1
 from bioinit.families._worlds import ROTARY, ZERO_CENTERED
+
+Biases = Literal["none", "all", "qkv"]
+"""Which linear layers of a family may have a bias."""
 
 
 def joints(
@@ -19,7 +22,7 @@ def joints(
     gated: bool,
     normalization: str,
     is_zero_centered: bool,
-    has_biases: bool,
+    has_biases: Biases,
     scales: bool,
 ) -> tuple[Joint, ...]:
     """What means something only together, for a family of this kind."""
@@ -92,16 +95,18 @@ def _rope(like: str, scales: bool) -> Joint:
     return Joint(theirs, _ROPE, read, write)
 
 
-def _biases(like: str, has_biases: bool) -> Joint:
+def _biases(like: str, has_biases: Biases) -> Joint:
     """One switch for the biases of all linear layers, and one for those of the fused projection."""
-    ours = ("add_attention_bias", "add_mlp_bias") if has_biases else ()
+    if has_biases == "qkv":
+        return _only_fused(like)
+    ours = ("add_attention_bias", "add_mlp_bias") if has_biases == "all" else ()
     every = "bias" if like == "nemo1" else "add_bias_linear"
 
     def read(values: Mapping[str, Any]) -> dict[str, Any]:
         linear = bool(values[every])
         if values["add_qkv_bias"] and not linear:
             raise ValueError("queries, keys and values have a bias and no other layer has one")
-        if linear and not has_biases:
+        if linear and not ours:
             raise ValueError("the layers of this family have no biases")
         return dict.fromkeys(ours, linear)
 
@@ -111,6 +116,21 @@ def _biases(like: str, has_biases: bool) -> Joint:
         return {every: any(values.values())}
 
     return Joint((every, "add_qkv_bias"), ours, read, write)
+
+
+def _only_fused(like: str) -> Joint:
+    """Queries, keys and values may have a bias, and no other layer has one."""
+    every = "bias" if like == "nemo1" else "add_bias_linear"
+
+    def read(values: Mapping[str, Any]) -> dict[str, Any]:
+        if values[every]:
+            raise ValueError("of this family, only queries, keys and values may have a bias")
+        return {"add_qkv_bias": bool(values["add_qkv_bias"])}
+
+    def write(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {every: False, **values}
+
+    return Joint((every, "add_qkv_bias"), ("add_qkv_bias",), read, write)
 
 
 def _centers(is_zero_centered: bool) -> Joint:

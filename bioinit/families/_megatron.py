@@ -19,7 +19,7 @@ from typing import Any
 from bioinit.backends.transformers.named import Heads
 from bioinit.keys import Pattern
 from bioinit.layout import Dims
-from bioinit.rules import Each, Narrow, Part, Reinterpret, Rule, Unflatten, rename, stacked
+from bioinit.rules import Narrow, Part, Rule, Unflatten, rename, stacked
 
 KINDS = ("weight", "bias")
 EXTRA_STATE = "_extra_state"
@@ -212,8 +212,6 @@ def _bare(key: str, wanted: str) -> str:
 
 __all__ = [
     "KINDS",
-    "Each",
-    "Reinterpret",
     "attention",
     "both",
     "embeddings",

@@ -60,7 +60,16 @@ def named_family(
         tensors: the canonical space for a config.
         megatron: constructs the megatron-core model; None if there is none.
         absent: why there is no dialect of a name that other families have.
+
+    Raises:
+        ConfigError: the translation names a field that the class does not have.
     """
+    unknown = [ours for ours in translation.names.values() if ours not in specs(config)]
+    if unknown:
+        raise ConfigError(
+            f"the translation for {translation.model_type!r} names {', '.join(unknown)}, and "
+            f"{config.__name__} has no such field. Correct the names, or declare the field."
+        )
 
     def is_ours(context: Context) -> bool:
         return context.dialect == "bioinit" and str(context.model).startswith(
@@ -217,7 +226,7 @@ def hf(
         given: Any = config
         whole = dataclasses.replace(given, extra={**known, **given.extra})
         document = json.loads(translation.written(whole))
-        account = tuple(SourceField(name, "carried", "the source's sidecar") for name in carried)
+        account = tuple(SourceField(name, "carried", "the source's sidecar") for name in known)
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         return Written({"config.json": text.encode()}, account=account)
 

@@ -208,6 +208,13 @@ def _window(value: Any) -> int | None:
 WINDOW: Codec = (_window, lambda tokens: None if tokens is None else [tokens, 0])
 """The window of attention: tokens before and ahead, and how many before for us."""
 
+
+def _function(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"it has {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation]
+
+
 CODECS: Mapping[str, Mapping[str, Codec]] = {
-    "nemo2": {"activation_func": (activation_of, ACTIVATIONS.__getitem__)},
+    "nemo2": {"activation_func": (activation_of, _function)},
 }

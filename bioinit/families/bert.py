@@ -234,7 +234,7 @@ FAMILY = dataclasses.replace(
                 _read_nemo2,
                 _write_nemo2,
                 NEMO2.names,
-                NEMO2.says,
+                says=NEMO2.says,
             ),
         },
         _tensors,

@@ -257,7 +257,7 @@ FAMILY = dataclasses.replace(
                 _biobert.read_nemo2,
                 _write_nemo2,
                 _biobert.NEMO2.names,
-                _biobert.NEMO2.says,
+                says=_biobert.NEMO2.says,
             ),
             "nemo1": Dialect(
                 _table,

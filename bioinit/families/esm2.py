@@ -308,7 +308,7 @@ FAMILY = named_family(
     {
         "hf": hf(TRANSLATION, _lines, _MARKS, _megatron.heads_of, more=_encoder.position_ids),
         "nemo2": Dialect(
-            _table, _spells, _is_esm2, _read_nemo2, _write_nemo2, NEMO2.names, NEMO2.says
+            _table, _spells, _is_esm2, _read_nemo2, _write_nemo2, NEMO2.names, says=NEMO2.says
         ),
         "nemo1": Dialect(
             _table, _spells, _is_esm2nv, _read_nemo1, fields=NEMO1.names, says=NEMO1.says

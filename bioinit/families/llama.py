@@ -184,7 +184,7 @@ GPT = Gpt(
     at_bridge="megatron.bridge.models.llama.llama_provider",
     bridge=BRIDGE,
     config_class=_config_class,
-    has_biases=True,
+    has_biases="all",
     scales=True,
 )
 

@@ -168,7 +168,7 @@ GPT = Gpt(
     bridge=BRIDGE,
     config_class=lambda config: f"{_AT}.NemotronConfig",
     is_zero_centered=True,
-    has_biases=True,
+    has_biases="all",
     names={
         "nemo2": {"rotary_percent": "rotary_percent"},
         "nemo1": {"rotary_percentage": "rotary_percent"},

@@ -10,6 +10,9 @@ from bioinit.contexts import Checkpoint
 from bioinit.families.protocol import ReadFields
 from bioinit.prefixes import Spelling
 
+_LEFTOVERS = "extra"
+"""The field for what no field means: nobody misses it."""
+
 
 def about(checkpoint: Checkpoint | None, family: str | None) -> dict[str, Any] | None:
     if checkpoint is None:
@@ -32,8 +35,9 @@ def notes_on(
     missing: Sequence[str] = (),
 ) -> list[str]:
     notes = [spelling.note] if spelling.note else []
-    if missing:
-        notes.append(f"fields that the saved config lacks: {', '.join(missing)}")
+    told = [name for name in missing if name != _LEFTOVERS]
+    if told:
+        notes.append(f"fields that the saved config lacks: {', '.join(told)}")
     unknown = [] if saved is None else [f.name for f in saved.account if f.fate == "unknown"]
     if unknown:
         notes.append(f"fields of the saved config that nobody knows: {', '.join(unknown)}")

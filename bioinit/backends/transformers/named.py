@@ -286,12 +286,43 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
     return value.get(entry) if isinstance(value, Mapping) else None
 
 
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "seq_length",
+    "make_vocab_size_divisible_by",
+    "model_parallel_size",
+    "num_moe_experts",
+)
+
+
+def check_sizes(config: Any) -> None:
+    """Raise for a count or a width of nothing.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} is {value}, and no model has less than 1. "
+                "Correct it in the recipe, or in the saved config if it stands there."
+            )
+
+
 def checked_heads(config: Any) -> None:
     """Raise if attention heads do not divide the hidden size, as transformers needs it.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not, or a size is none.
     """
+    check_sizes(config)
     hidden, heads, channels = config.hidden_size, config.num_attention_heads, config.kv_channels
     if heads < 1 or hidden != heads * channels:
         raise ConfigError(
