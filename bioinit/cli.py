@@ -285,8 +285,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of our config")
     add("--architecture", help="the class or the task that the hf dialect names")
     add("--tokenizer", metavar="DIR", help="a tokenizer that goes along in place of the source's")
-    add("--partitions", type=int, default=1, metavar="N", help="over how many files, for neox")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="the most of one file; 5GB")
+    add("--partitions", type=int, metavar="N", help="over how many files, for neox")
+    add("--max-shard-size", metavar="SIZE", help="the most of one file; 5GB")
     add("--model-id", metavar="ID", help="a published model that it must be, by NeMo's name")
     add(
         "--drop", action="append", default=[], metavar="PREFIX", help="stored names to leave behind"

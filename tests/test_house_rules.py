@@ -65,6 +65,11 @@ def test_every_room_has_a_place_on_the_staircase(path):
     assert room_of(path) in STAIRCASE
 
 
+def test_the_design_names_every_room_in_order():
+    rows = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
+    assert [row for row in rows if row in STAIRCASE] == STAIRCASE
+
+
 @each_module
 def test_imports_only_go_downstairs(path):
     here = room_of(path)

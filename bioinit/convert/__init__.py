@@ -55,6 +55,9 @@ class Converted:
     """What became of every field of the source's saved config."""
     receipt: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<Converted {str(self.path)!r}: {len(self.plan.targets)} tensors>"
+
     def to_json(self) -> dict[str, Any]:
         return dict(self.receipt)
 
@@ -97,8 +100,8 @@ def convert(
     set: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     tokenizer: str | Path | None = None,
-    partitions: int = 1,
-    max_shard_size: int | str = "5GB",
+    partitions: int | None = None,
+    max_shard_size: int | str | None = None,
     model_id: str | None = None,
     drop: Sequence[str] = (),
     overwrite: bool = False,
@@ -117,8 +120,9 @@ def convert(
         set: fields of our config, on top of what is saved.
         architecture: the class or task that the hf dialect names.
         tokenizer: a folder whose tokenizer goes along in place of the source's.
-        partitions: over how many files tensors are divided, where the format does that.
-        max_shard_size: the most bytes of one file: ``"5GB"``, ``"500MiB"``, or a number.
+        partitions: over how many files tensors are divided, for formats that do that; one if None.
+        max_shard_size: the most bytes of one file, for formats that have shards: ``"500MiB"``, or a
+            number; 5 GB if None.
         model_id: a published model, whose preset the config must be equal to.
         drop: prefixes of stored names that are left behind.
         overwrite: replace a folder that is not empty.
@@ -137,9 +141,9 @@ def convert(
         context = find_context(checkpoint, config)
         name = find_family(checkpoint, context, family)
         given = dict(set or {})
-        if to == "neox" and hasattr(families.load(name).config, "model_parallel_size"):
-            # What NeoX pads its vocabulary to follows from it.
-            given.setdefault("model_parallel_size", partitions)
+        dialect = families.load(name).dialects.get(to)
+        if dialect is not None and dialect.partitions:
+            given.setdefault(dialect.partitions, options.partitions)
         with collector.paused():
             described = describe(checkpoint, name, context, given, architecture)
             said = () if model_id is None else check_model_id(model_id, described)

@@ -132,6 +132,13 @@ def describe(
         with_its_own, its_merged = settled({**written, "architecture": as_saved})
         if _is_buildable(family, with_its_own):
             config, merged = with_its_own, its_merged
+        else:
+            notes = (
+                *notes,
+                f"the saved config names the class {as_saved!r}, which the family {name!r} does "
+                f"not have: the model is taken for a {config.architecture!r}. Say another with "
+                "--architecture",
+            )
     return Source(
         checkpoint,
         name,

@@ -239,6 +239,7 @@ NEOX = Dialect(
     fields=_neox.FIELDS,
     says=_neox.SAYS,
     blurs=_neox.BLURS,
+    partitions="model_parallel_size",
 )
 _PARALLEL = (
     "the layers of GPT-NeoX add attention and MLP to the same input (use_parallel_residual), "

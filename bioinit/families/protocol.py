@@ -154,6 +154,8 @@ class Dialect:
     """Fields of ours that the saved config says; others are carried along beside it."""
     blurs: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Fields of ours of which it says less than we do, and what it says for a value of ours."""
+    partitions: str = ""
+    """Which field of ours says over how many files tensors are divided, where shapes follow."""
 
 
 class NamesOf(Protocol):

@@ -10,7 +10,7 @@ A new format is one new file in this folder that defines ``FORMAT``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,8 @@ class Format:
     ``recognizes`` must be cheap (names and the first bytes of at most one file) and never raise on
     foreign input. ``open`` reads headers only and raises ``CheckpointError`` with the cure.
     ``unpack``, for an archive, gives its members as a folder. ``marks`` tells people in a few words
-    what it is recognized by. ``write``, for a format in which models are written, is its inverse.
+    what it is recognized by. ``write``, for a format in which models are written, is its inverse;
+    ``honours`` names the fields of :class:`WriteOptions` that it looks at.
     """
 
     recognizes: Callable[[Folder], bool]
@@ -119,3 +120,4 @@ class Format:
     unpack: Callable[[Folder], Folder] | None = None
     marks: str = ""
     write: Write | None = None
+    honours: Collection[str] = ()

@@ -146,5 +146,9 @@ def _engine(folder: Folder, open_inner: Open) -> tuple[dict[str, Any], dict[str,
 
 
 FORMAT = Format(
-    recognizes=_recognizes, open=_open, marks="layer_*-model_*-model_states.pt", write=write
+    recognizes=_recognizes,
+    open=_open,
+    marks="layer_*-model_*-model_states.pt",
+    write=write,
+    honours=("partitions",),
 )

@@ -221,4 +221,10 @@ def _corrupt(file: File, what: str) -> NoReturn:
     raise CorruptCheckpoint(f"{file} is damaged: {what}. Fetch or write it again.")
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, marks="*.safetensors", write=write)
+FORMAT = Format(
+    recognizes=_recognizes,
+    open=_open,
+    marks="*.safetensors",
+    write=write,
+    honours=("max_shard_bytes",),
+)

@@ -273,4 +273,10 @@ def _write(
     write(folder, tensors, options, journal)
 
 
-FORMAT = Format(recognizes=_recognizes, open=_open, marks=".metadata with *.distcp", write=_write)
+FORMAT = Format(
+    recognizes=_recognizes,
+    open=_open,
+    marks=".metadata with *.distcp",
+    write=_write,
+    honours=("objects", "common"),
+)
