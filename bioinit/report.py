@@ -96,6 +96,12 @@ class LoadReport:
     remarks: tuple[str, ...] = ()
     """What the readers found that is no problem, but nobody would expect."""
 
+    def __repr__(self) -> str:
+        return (
+            f"<LoadReport: {summary(self.claims)}; {len(self.problems)} problems, "
+            f"{human_bytes(self.bytes_read)} read in {self.seconds:.2f} s>"
+        )
+
     def raise_for_problems(self) -> LoadReport:
         """Return this report, or raise.
 

@@ -41,6 +41,9 @@ class Initialized:
     receipt: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     """What the last :meth:`save` wrote as ``receipt.json``; None until one has ended well."""
 
+    def __repr__(self) -> str:
+        return f"<Initialized {type(self.model).__name__}: {self.report!r}>"
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the model, its context and the receipt to the folder ``path``, whole or not at all.
 

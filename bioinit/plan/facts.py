@@ -11,7 +11,7 @@ import torch
 from bioinit.errors import Problem
 from bioinit.layout import Overlap, numel
 from bioinit.mapping import Conversion
-from bioinit.report import Claim, Unused, printable
+from bioinit.report import Claim, Unused, human_bytes, printable, summary
 from bioinit.targets import Target
 
 DtypeRule = torch.dtype | Literal["stored", "module"]
@@ -101,6 +101,12 @@ class LoadPlan:
     """What the JSON says of the checkpoint; a function, for its digest takes a while."""
     seconds: float = 0.0
     """How long planning took, opening the checkpoint and building on meta included."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<LoadPlan: {summary(self.tensors)}; {len(self.problems)} problems, "
+            f"{human_bytes(self.bytes_to_read)} to read>"
+        )
 
     @property
     def bytes_to_read(self) -> int:
