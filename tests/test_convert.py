@@ -704,3 +704,29 @@ def test_what_fills_a_tensor_and_what_does_not_fit_are_named_as_they_are_stored(
         bioinit.convert(llama, tmp_path / "no", "nemo2", set={"ffn_hidden_size": 64})
     assert len(repr(found)) < 300 and str(found.path) in repr(found)
     assert "9 loaded" in repr(found.plan) and len(repr(found.plan)) < 300
+
+
+def test_values_that_a_narrower_dtype_cannot_hold_are_not_lost(llama: Path, tmp_path: Path):
+    shutil.copytree(llama, tmp_path / "large")
+    state = load_file(llama / "model.safetensors")
+    state["model.norm.weight"][0] = 1e6
+    save_file(state, tmp_path / "large/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=r"model\.norm\.weight.*float16 cannot"):
+        bioinit.convert(tmp_path / "large", tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+    bioinit.convert(tmp_path / "large", tmp_path / "brain", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("count", [10**9, 10**30])
+def test_more_layers_than_could_be_stored_are_refused_at_once(
+    llama: Path, tmp_path: Path, count: int
+):
+    with pytest.raises(BioinitError, match=r"num_layers is 10+"):
+        bioinit.convert(llama, tmp_path / "out", set={"num_layers": count})
+
+
+def test_the_receipt_says_what_became_of_fields_on_both_sides(llama: Path, tmp_path: Path):
+    done = bioinit.convert(llama, tmp_path / "out", to="nemo2")
+    written = {field["name"]: field for field in done.to_json()["written_fields"]}
+    assert written["hidden_size"]["fate"] == "mapped"
+    assert {field["name"] for field in done.to_json()["source_fields"]} >= {"hidden_size"}

@@ -114,3 +114,15 @@ def test_a_dropped_tensor_is_not_unused(tmp_path):
     planned, _ = load(tmp_path, Padded(6), stored, table(6), table(6))
     assert not planned.unused
     assert any("frequencies (computed)" in note for note in planned.notes)
+
+
+def test_a_plan_says_how_many_rows_are_left_out_as_padding(tmp_path):
+    stored = torch.cat([WORDS, torch.full((4, 4), 99.0)])
+    planned, _ = load(
+        tmp_path, Padded(6), {"words": stored, "norm": torch.ones(4)}, table(10), table(6)
+    )
+    assert "rows beyond the vocabulary are left out: 4 of words" in planned.notes
+    planned, _ = load(
+        tmp_path, Padded(6), {"words": WORDS, "norm": torch.ones(4)}, table(6), table(6)
+    )
+    assert not any("vocabulary" in note for note in planned.notes)

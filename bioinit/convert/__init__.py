@@ -177,6 +177,7 @@ def convert(
                     "remarks": list(dict.fromkeys(r for f in checkpoint.files for r in f.remarks)),
                     "output": {"dialect": options.to, "format": options.format},
                     "source_fields": [field._asdict() for field in account],
+                    "written_fields": [field._asdict() for field in side.written.account],
                 },
                 _digested(journal, side.written.weights),
             )

@@ -14,6 +14,7 @@ from bioinit.contexts.protocol import Context
 from bioinit.convert.proved import is_whole, proved, require_stated
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family, ReadFields
+from bioinit.initialize.prepare import require_sane
 from bioinit.layout import Dims
 from bioinit.merge import Decision, merge
 from bioinit.record import Origin, build, make_record
@@ -102,6 +103,9 @@ def describe(
     family = families.load(name)
     shapes = _shapes(checkpoint)
     cls = family.config_for(context)
+    require_sane(given, "what was set", len(shapes))
+    for said in () if context is None else (context, *context.beside):
+        require_sane(said.data, said.where, len(shapes))
     saved = None if context is None else family.read_fields(context, shapes)
     fields = None if saved is None else saved.fields
     written = dict(given)

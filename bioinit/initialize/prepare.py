@@ -149,7 +149,7 @@ def _decide(
     family = _family(record, run)
     if context is not None and checkpoint is not None:
         for said in (context, *context.beside):
-            _require_sane(said.data, said.where, len(checkpoint.tensors))
+            require_sane(said.data, said.where, len(checkpoint.tensors))
     if context is not None and not family.recognizes(context):
         raise _of_another_family(run, checkpoint)
     model = record.model
@@ -221,14 +221,14 @@ def _nothing_to_load_into(module: nn.Module) -> Problem:
     )
 
 
-def _require_sane(data: Any, where: str, stored: int, at: str = "") -> None:
+def require_sane(data: Any, where: str, stored: int, at: str = "") -> None:
     """Refuse counts that no checkpoint of ``stored`` tensors has: building them takes for ever."""
     most = max(1000, 4 * stored)
     pairs = data.items() if isinstance(data, Mapping) else enumerate(data)
     for key, value in pairs:
         name = f"{at}{key}"
         if isinstance(value, Mapping | list | tuple):
-            _require_sane(value, where, stored, f"{name}.")
+            require_sane(value, where, stored, f"{name}.")
         elif not isinstance(value, int):
             continue
         elif key == "num_labels" and value > MOST_LABELS:

@@ -65,12 +65,15 @@ class Stream:
             return self._converted(key, planned)
         copies = _Ordered(planned.copies)
         equal = [(name, _Ordered(further)) for name, further in planned.equal]
+        is_narrowed = any(_range(copy.dtype) > _range(planned.dtype) for copy in planned.copies)
 
         def fill(first: int, memory: torch.Tensor) -> None:
             if planned.padded:
                 memory.zero_()
             staging = self._staging()
             self._transfer.move_here(copies.jobs(first, memory), staging)
+            if is_narrowed and not bool(torch.isfinite(memory.float()).all()):
+                raise_for([_too_large(key, planned)], "converting found")
             for name, further in equal:
                 if not self._transfer.same(further.jobs(first, memory), staging):
                     raise_for([_unequal(key, planned.claim.sources, name)], "converting found")
@@ -170,6 +173,20 @@ def _end(copy: Copy) -> int:
         return overlap.target_start
     steps = zip(overlap.sizes, overlap.target_strides, strict=True)
     return overlap.target_start + 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def _range(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
+
+
+def _too_large(key: str, planned: TargetPlan) -> Problem:
+    return Problem(
+        "nonfinite",
+        key,
+        f"{key!r} holds values that {planned.dtype} cannot ({planned.claim.cast}), or that are not "
+        "finite.",
+        "Keep the dtype, or take bfloat16, which reaches as far as float32.",
+    )
 
 
 def _unequal(key: str, sources: Sequence[str], name: str) -> Problem:

@@ -117,6 +117,9 @@ def plan(
         )
     if sources.dropped:
         notes = (*notes, f"stored and not needed: {_by_kind(sources.dropped)}")
+    if sources.padding:
+        rows = ", ".join(f"{count} of {name}" for name, count in sources.padding.items())
+        notes = (*notes, f"rows beyond the vocabulary are left out: {rows}")
     return _total(plans, claims, unused, problems, skips, stored, notes)
 
 

@@ -11,7 +11,7 @@ from bioinit.errors import MappingError
 from bioinit.formats.protocol import StoredTensor
 from bioinit.keys import SkipPrefix
 from bioinit.layout import Box, Dims, Overlap, intersect, numel
-from bioinit.mapping import Names
+from bioinit.mapping import Names, Placed
 from bioinit.plan.facts import Copy
 from bioinit.targets import Target
 
@@ -116,6 +116,8 @@ class Sources:
         """Stored names whose rule does not fit their dims, and why."""
         self.dropped: dict[str, str] = {}
         """Stored names that are known and not needed, and why."""
+        self.padding: dict[str, int] = {}
+        """How many rows of stored names lie beyond the vocabulary."""
         self._sources: dict[str, list[Source]] = {}
         self._extents: dict[str, Dims] = {}
         self._runs: dict[Box, Overlap | None] = {}
@@ -142,6 +144,8 @@ class Sources:
             if not placed:
                 self._note_dropped(name, spelled)
                 continue
+            if placed[0].box is not piece.box:
+                self._note_padding(name, spelled, numel(piece.box.sizes), placed)
             for key, box, add in placed:
                 _extend(self._extents, key, box)
                 if skip is not None:
@@ -153,6 +157,13 @@ class Sources:
                     self._sources[key] = [source]
                 else:
                     known.append(source)
+
+    def _note_padding(self, name: str, spelled: str, held: int, placed: list[Placed]) -> None:
+        left = held - sum(numel(each.box.sizes) for each in placed)
+        rule = self.disk.rule_for(spelled) if left else None
+        if rule is not None and rule.fill:
+            rows = left // max(1, numel(self.stored[name].shape[1:]))
+            self.padding[name] = self.padding.get(name, 0) + rows
 
     def _note_dropped(self, name: str, spelled: str) -> None:
         rule = self.disk.rule_for(spelled)
