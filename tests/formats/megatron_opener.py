@@ -28,11 +28,10 @@ from bioinit.formats.torch_dist import parts
 from bioinit.storage import Journal
 from tests.formats.megatron_driver import LAYOUTS, VOCAB, WORLD, build, fill, save_torch_dist
 
-parts.CHUNK_BYTES, parts.SMALLEST_PART = 700, 5000
-
 
 def write_again(original: Path, folder: Path) -> None:
-    """The checkpoint as our writer makes it."""
+    """The checkpoint as our writer makes it, in chunks and parts much smaller than any real one."""
+    parts.CHUNK_BYTES, parts.SMALLEST_PART = 700, 5000
     folder.mkdir(parents=True)
     index = pickle.loads((original / ".metadata").read_bytes())
     names = [k for k, v in index.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)]
