@@ -126,7 +126,7 @@ def resumable_folder(
                 _sync(partial)
                 _move_into_place(partial, final, overwrite, words)
                 shutil.rmtree(partial, ignore_errors=True)  # what stood there, if it was exchanged
-        except Exception:
+        except Exception:  # an error would come again; only an interrupt leaves work to go on with
             shutil.rmtree(partial, ignore_errors=True)
             raise
 

@@ -9,6 +9,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import save_file  # noqa: E402
+from transformers import core_model_loading as library  # noqa: E402
 
 import bioinit  # noqa: E402
 from bioinit.backends import transformers as backend  # noqa: E402
@@ -247,7 +248,6 @@ def test_tensors_that_are_not_counted_from_zero_are_taken_in_order(tmp_path):
 
 def test_a_conversion_outside_of_any_layer_is_a_view_too(monkeypatch):
     original = conversions._fresh
-    library = conversions.library
     special = library.WeightConverter(
         ["wte.old", "wte.new"], "model.embed_tokens.weight", [library.Concatenate(0)]
     )
@@ -359,7 +359,6 @@ def test_a_conversion_that_fails_on_such_tensors_is_a_problem_of_the_plan(tmp_pa
 
 def test_a_conversion_with_several_targets_is_run_once(tmp_path, never_a_view, monkeypatch):
     original = conversions._fresh
-    library = conversions.library
     fused = library.WeightConverter(
         "mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [library.Chunk(0)]
     )
