@@ -7,7 +7,7 @@ say whom they are tied to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,12 @@ from bioinit.layout import Box, Dims
 class Target(NamedTuple):
     """A parameter or buffer of the live model.
 
-    ``shape`` is global; ``boxes`` say which regions of it lie in local memory and how (strides of
-    the tensor itself, so a non-contiguous parameter is described as it is). ``tied_to`` is the key
-    that owns the memory, or None. ``persistent`` is False for a buffer outside the state dict.
+    ``key`` and ``shape`` are those of the whole model, wherever it is divided; ``boxes`` say which
+    regions lie in local memory and how (strides of the tensor itself, so a non-contiguous parameter
+    is described as it is). ``tied_to`` is the key that owns the memory, or None. ``persistent`` is
+    False for a buffer outside the state dict. ``live`` is what this process calls it, where that
+    is not ``key``; ``replicas`` are the ranks that hold the very same boxes, this one among them,
+    ascending; empty where nobody is known to.
     """
 
     key: str
@@ -32,6 +35,27 @@ class Target(NamedTuple):
     is_buffer: bool
     persistent: bool
     tied_to: str | None
+    live: str = ""
+    replicas: tuple[int, ...] = ()
+
+    @property
+    def slot(self) -> str:
+        """What the module of this process calls it."""
+        return self.live or self.key
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it lies in local memory, as one box."""
+        return len(self.boxes) == 1 and self.boxes[0].sizes == self.shape
+
+
+class Located(NamedTuple):
+    """Where a tensor of this process belongs in the whole model: a part of a :class:`Target`."""
+
+    key: str
+    shape: Dims
+    boxes: tuple[Box, ...]
+    replicas: tuple[int, ...] = ()
 
 
 class Slot(NamedTuple):
@@ -72,8 +96,15 @@ def held_strides(tensor: torch.Tensor) -> Dims:
     return tuple(tensor.stride())
 
 
-def describe(root: nn.Module) -> dict[str, Target]:
+_NOWHERE: Mapping[str, Located] = {}
+
+
+def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict[str, Target]:
     """The targets of ``root`` by state-dict key, non-persistent buffers included.
+
+    Args:
+        root: the module, or the part of a model that this process has.
+        located: what whoever built it knows of tensors that are parts, by their names in ``root``.
 
     Raises:
         ConfigError: a parameter is a DTensor; its shards are not described yet.

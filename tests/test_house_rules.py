@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "bioinit"
 STAIRCASE = (  # reading order is import order: import only what stands before you
-    "version collector errors keys siblings layout rules mapping transforms rulebook prefixes "
-    "storage unpickle record config targets formats contexts backends families merge report "
-    "describe plan load save recipe initialize convert integrations compat cli __main__ __init__"
+    "version collector errors keys siblings layout shards rules mapping transforms rulebook "
+    "prefixes storage unpickle ranks record config targets formats contexts backends families "
+    "parallelize merge report describe plan load save recipe initialize convert integrations "
+    "compat cli __main__ __init__"
 ).split()
 CORRIDORS = ("formats", "contexts", "backends", "families", "integrations", "compat")
 MODULES = sorted(HOUSE.rglob("*.py"))

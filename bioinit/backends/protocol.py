@@ -15,10 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
+
+from bioinit.targets import Located
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MOST_LABELS = 10**6
 """More outputs of a head than this are a mistake, and naming them all takes gigabytes."""
@@ -60,6 +65,10 @@ class Initialize(Protocol):
         """
 
 
+def _nothing_located(module: nn.Module) -> Mapping[str, Located]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way a module comes to be. The name of its file is its name."""
@@ -82,3 +91,11 @@ class Backend:
     save: Callable[[nn.Module, Path, int], None]
     """Writes weights and config into an existing empty folder; the last argument is the most bytes
     that one weight file may hold."""
+
+    located: Callable[[nn.Module], Mapping[str, Located]] = _nothing_located
+    """Where the tensors of a divided model belong in the whole one, by their names in this process;
+    those that are missing are whole, or DTensors, which say so themselves."""
+
+    divide: Callable[[nn.Module, DeviceMesh, Mapping[str, str]], None] | None = None
+    """Divides a module on meta over a mesh of one axis for tensor parallelism, by the plan that its
+    architecture has, or by the one given if that is not empty: module patterns to styles."""

@@ -220,3 +220,7 @@ class Family:
 
     body: Callable[[TrainableModelConfig], str] = lambda config: ""
     """What stands before names of the body in the hf dialect, for a config."""
+
+    tensor_parallel: Mapping[str, str] = field(default_factory=dict)
+    """Module patterns to styles (``colwise``, ``rowwise``), where the architecture has no plan of
+    its own for tensor parallelism."""
