@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator
@@ -83,31 +83,6 @@ class TrainableModelConfig(Tracked):
         )
 
 
-class _NotYet(NamedTuple):
-    section: str
-    field: str
-    allowed: tuple[Any, ...]
-    instead: str
-
-
-_ONE_PROCESS = "one process loads the whole model"
-_NOT_YET = (
-    _NotYet("init", "convert", (None, False), "checkpoints are read as they are, with no cache"),
-    _NotYet("placement", "mesh", (None,), _ONE_PROCESS),
-    _NotYet("placement", "strategy", (None,), _ONE_PROCESS),
-    _NotYet("placement", "parallel_load", ("auto", "off"), _ONE_PROCESS),
-)
-
-
-def _refuse_unsupported(section: str, values: Mapping[str, Any]) -> None:
-    for place, name, allowed, instead in _NOT_YET:
-        if place == section and name in values and values[name] not in allowed:
-            raise ConfigError(
-                f"{name}={values[name]!r} is not supported yet: {instead}. "
-                f"Leave {section}.{name} out."
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class InitPolicy:
     """Where values come from, and what is an error on the way."""
@@ -125,10 +100,17 @@ class InitPolicy:
     convert: bool | str | None = None
 
     def __post_init__(self) -> None:
-        _refuse_unsupported("init", vars(self))
+        if self.convert:
+            raise ConfigError(
+                f"convert={self.convert!r} is not supported yet: checkpoints are read as they are, "
+                "with no cache. Leave init.convert out."
+            )
 
 
 _DEVICES = ("cpu", "cuda")
+
+Strategy = Literal["single", "ddp", "fsdp2", "tp", "fsdp2+tp", "megatron"]
+"""How processes share a model; the room ``parallelize`` says which axes each of them has."""
 
 
 def _switch(value: Any) -> Any:
@@ -140,17 +122,20 @@ def _switch(value: Any) -> Any:
 class Placement:
     """Where and as what parameters live.
 
-    ``dtype`` null keeps the stored one, ``device`` null is the CPU.
+    ``dtype`` null keeps the stored one, ``device`` null is the CPU. ``strategy`` says how several
+    processes share the model, ``mesh`` how many of them along each axis (or sizes alone, in the
+    order of the strategy's axes); what is null follows from the other and from how many processes
+    there are. ``parallel_load``: whether processes that hold the same parameters each read a part
+    and exchange them; auto where they are on different hosts.
     """
 
     device: str | None = None
     dtype: torch.dtype | None = None
     mesh: tuple[int, ...] | dict[str, int] | None = None
-    strategy: str | None = None
+    strategy: Strategy | None = None
     parallel_load: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
 
     def __post_init__(self) -> None:
-        _refuse_unsupported("placement", vars(self))
         try:
             kind = torch.device(self.device or "cpu").type
         except RuntimeError:
@@ -200,6 +185,3 @@ class Run:
                 f"model is {self.model!r}, not a model's config. Give the fields of one, or an "
                 "instance of a subclass of TrainableModelConfig."
             )
-        if self.model is not None:
-            values = self.model if isinstance(self.model, Mapping) else vars(self.model)
-            _refuse_unsupported("model", values)
