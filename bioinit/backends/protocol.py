@@ -65,6 +65,11 @@ class Initialize(Protocol):
         """
 
 
+def built_class(module: nn.Module) -> type[nn.Module]:
+    """The class that was constructed: torch puts one of its own before it where FSDP2 divides."""
+    return next(c for c in type(module).__mro__ if not c.__module__.startswith("torch.distributed"))
+
+
 def _nothing_located(module: nn.Module) -> Mapping[str, Located]:
     return {}
 
