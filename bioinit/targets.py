@@ -2,19 +2,22 @@
 
 A target is described, never touched: the module may be on the meta device. A parameter that several
 names share (a tied embedding) is one memory; the first name in state-dict order owns it, the others
-say whom they are tied to.
+say whom they are tied to. Of a tensor divided among processes, the boxes say what lies here.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from bioinit import shards
 from bioinit.errors import ConfigError
-from bioinit.layout import Box, Dims
+from bioinit.layout import Box, Dims, numel
 
 
 class Target(NamedTuple):
@@ -42,6 +45,11 @@ class Target(NamedTuple):
     def slot(self) -> str:
         """What the module of this process calls it."""
         return self.live or self.key
+
+    @property
+    def held(self) -> int:
+        """How many of its elements lie in local memory."""
+        return sum(numel(box.sizes) for box in self.boxes)
 
     @property
     def is_whole(self) -> bool:
@@ -96,43 +104,137 @@ def held_strides(tensor: torch.Tensor) -> Dims:
     return tuple(tensor.stride())
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of ``tensor``: the local memory of a DTensor, without autograd."""
+    return tensor._local_tensor if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    kind = type(tensor)
+    return kind not in (torch.Tensor, nn.Parameter) and hasattr(kind, "placements")
+
+
 _NOWHERE: Mapping[str, Located] = {}
 
 
 def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict[str, Target]:
-    """The targets of ``root`` by state-dict key, non-persistent buffers included.
+    """The targets of ``root`` by key, non-persistent buffers included, in state-dict order.
 
     Args:
         root: the module, or the part of a model that this process has.
         located: what whoever built it knows of tensors that are parts, by their names in ``root``.
 
     Raises:
-        ConfigError: a parameter is a DTensor; its shards are not described yet.
+        ConfigError: what a DTensor holds cannot be told, its parameters are gathered at the moment,
+            or two tensors are said to be one.
     """
     owners: dict[object, str] = {}
     boxes: dict[tuple[Dims, Dims], tuple[Box, ...]] = {}
+    divided = _Divided(root)
     found: dict[str, Target] = {}
     for slot in slots(root):
         tensor = slot.tensor
-        if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "device_mesh"):
-            raise ConfigError(
-                f"{slot.key} is a DTensor; loading into sharded parameters is not there yet. "
-                "Load first, then shard."
-            )
+        key = slot.key
+        replicas: tuple[int, ...] = ()
         shape = tuple(tensor.shape)
-        layout = (shape, held_strides(tensor))
-        if layout not in boxes:
-            boxes[layout] = (Box((0,) * len(shape), shape, 0, layout[1]),)
-        # Two parameters over one memory are one target; on meta only identity can tell.
-        memory = id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), layout)
-        owner = owners.setdefault(memory, slot.key)
-        found[slot.key] = Target(
-            slot.key,
+        if is_divided(tensor):
+            tensor = local(tensor)
+            layout = (tuple(tensor.shape), held_strides(tensor))
+            held, replicas = divided.place(key, slot.tensor)
+        else:
+            layout = (shape, held_strides(tensor))
+            if layout not in boxes:
+                boxes[layout] = (Box((0,) * len(shape), shape, 0, layout[1]),)
+            held = boxes[layout]
+            if key in located:
+                key, shape, held, replicas = located[key]
+        # Two parameters over one memory are one target; without memory only identity can tell.
+        memory = (
+            id(slot.tensor)
+            if tensor.is_meta or not tensor.numel()
+            else (tensor.data_ptr(), layout, shape)
+        )
+        owner = owners.setdefault(memory, key)
+        if key in found:
+            raise ConfigError(
+                f"{found[key].slot} and {slot.key} are both said to be {key} of the whole model. "
+                "Each tensor that a process holds needs a name of its own there."
+            )
+        found[key] = Target(
+            key,
             shape,
             tensor.dtype,
-            boxes[layout],
+            held,
             slot.is_buffer,
             slot.persistent,
-            None if owner == slot.key else owner,
+            None if owner == key else owner,
+            "" if key == slot.key else slot.key,
+            replicas,
         )
     return found
+
+
+class _Divided:
+    """Where the local memory of DTensors lies; equal ones are worked out once."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._meshes: dict[Any, shards.Mesh | None] = {}
+        self._known: dict[Any, tuple[tuple[Box, ...], tuple[int, ...]]] = {}
+
+    def place(self, key: str, tensor: Any) -> tuple[tuple[Box, ...], tuple[int, ...]]:
+        """The boxes and the replicas of a DTensor."""
+        held = local(tensor)
+        shape, spec = tuple(tensor.shape), tensor._spec
+        last = id(tensor) in self._fully_sharded
+        strides = held_strides(held)
+        shard_order = getattr(spec, "shard_order", None)
+        kind = (shape, spec.mesh, spec.placements, shard_order, held.shape, strides, last)
+        if kind not in self._known:
+            mesh = self._mesh(spec.mesh)
+            if mesh is None:
+                return (), ()
+            placements = tuple(_plain(key, tensor, each) for each in spec.placements)
+            order = None
+            if shard_order is not None:
+                order = tuple((axis, placements[axis]) for _, axes in shard_order for axis in axes)
+            elif last:
+                order = shards.after_others(placements, mesh.sizes)
+            self._known[kind] = (
+                shards.boxes(key, shape, mesh, placements, tuple(held.shape), strides, order),
+                shards.replicas(mesh, placements),
+            )
+        return self._known[kind]
+
+    def _mesh(self, mesh: Any) -> shards.Mesh | None:
+        """``mesh`` in plain numbers; None where this process is not in it."""
+        if mesh not in self._meshes:
+            coordinate = mesh.get_coordinate()
+            self._meshes[mesh] = None
+            if coordinate is not None:
+                ranks = tuple(mesh.mesh.flatten().tolist())
+                self._meshes[mesh] = shards.Mesh(tuple(mesh.shape), tuple(coordinate), ranks)
+        return self._meshes[mesh]
+
+    @cached_property
+    def _fully_sharded(self) -> frozenset[int]:
+        """The parameters that ``fully_shard`` divided, by identity."""
+        # Whoever called it has imported it.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is None:
+            return frozenset()
+        modules = [each for each in self._root.modules() if isinstance(each, fsdp.FSDPModule)]
+        return frozenset(id(p) for module in modules for p in module.parameters())
+
+
+def _plain(key: str, tensor: Any, placement: Any) -> shards.Placement:
+    if placement.is_replicate():
+        return None
+    if placement.is_partial() or not hasattr(placement, "dim"):
+        raise ConfigError(
+            f"{key} {list(tensor.shape)} is a DTensor with the placements {tensor.placements} over "
+            f"a mesh of {list(tensor.device_mesh.shape)}: {placement} says of no element where it "
+            "lies. Give parameters that are replicated or divided (.redistribute())."
+        )
+    return shards.Split(placement.dim % tensor.ndim, getattr(placement, "split_factor", 0))
