@@ -28,6 +28,7 @@ from bioinit.plan.facts import (
 from bioinit.plan.reading import bytes_by_file
 from bioinit.report import Claim, Unused, human_bytes
 from bioinit.storage import worker_count
+from bioinit.targets import Target
 
 __all__ = [
     "SKIP_LIST",
@@ -120,7 +121,7 @@ def plan(
     if sources.padding:
         rows = ", ".join(f"{count} of {name}" for name, count in sources.padding.items())
         notes = (*notes, f"rows beyond the vocabulary are left out: {rows}")
-    return _total(plans, claims, unused, problems, skips, stored, notes)
+    return _total(model.targets, plans, claims, unused, problems, skips, stored, notes)
 
 
 _CURE_OF_PARTS = (
@@ -143,6 +144,7 @@ def _unused(sources: Sources, is_left: Callable[[str], bool]) -> Iterator[Unused
 
 
 def _total(
+    targets: Mapping[str, Target],
     plans: Mapping[str, TargetPlan],
     claims: Sequence[Claim],
     unused: Sequence[Unused],
@@ -156,8 +158,8 @@ def _total(
     parameters = converting = 0
     counted: set[int] = set()
     is_staged = False
-    for planned in plans.values():
-        parameters += numel(planned.claim.shape) * planned.dtype.itemsize
+    for key, planned in plans.items():
+        parameters += targets[key].held * planned.dtype.itemsize
         is_staged = is_staged or not all(c.is_run(planned.dtype) for c in planned.all_copies())
         if planned.conversion is not None and id(planned.conversion) not in counted:
             counted.add(id(planned.conversion))
@@ -181,6 +183,7 @@ def _total(
         memory_parameters=parameters,
         memory_peak=parameters + converting + staging,
         notes=tuple(notes),
+        described=targets,
     )
 
 

@@ -44,7 +44,8 @@ class Cover(NamedTuple):
 
     ``covered`` counts the target's elements that ``copies`` fill, ``padding`` those that are zero
     by rule; ``others`` are further stored tensors that hold the same elements; ``skipped`` is the
-    prefix that took sources away.
+    prefix that took sources away. All of it is about the whole target, into a row-major tensor of
+    its shape; ``here`` is the same of the boxes in local memory, where those are not all of it.
     """
 
     copies: tuple[Copy, ...]
@@ -54,6 +55,12 @@ class Cover(NamedTuple):
     mismatch: Mismatch | None = None
     skipped: str | None = None
     padding: int = 0
+    here: Cover | None = None
+
+    @property
+    def local(self) -> Cover:
+        """What is found of the elements that lie in local memory."""
+        return self.here or self
 
     def fills(self, target: Target) -> bool:
         """Whether every element of ``target`` gets a value, and shapes agree."""
@@ -68,6 +75,7 @@ class Cover(NamedTuple):
 
 
 _NO_OTHERS: Mapping[str, tuple[Copy, ...]] = {}
+_NO_COVER = Cover((), (), 0, _NO_OTHERS)
 
 
 class Skips:
@@ -172,6 +180,14 @@ class Sources:
 
     def cover(self, target: Target, key: str) -> Cover | None:
         """What the checkpoint holds of ``target`` under the name ``key``; None if nothing."""
+        if target.is_whole:
+            return self._cover(target, key)
+        cover = self._cover(_whole(target), key)
+        if cover is None or not cover.names:
+            return cover
+        return cover._replace(here=self._cover(target, key) or _NO_COVER)
+
+    def _cover(self, target: Target, key: str) -> Cover | None:
         try:
             placed = self.memory.place(key, target.boxes)
         except MappingError as error:
@@ -180,12 +196,12 @@ class Sources:
             return None
         self._asked.update([canonical for canonical, _, _ in placed])
         if self._is_zero(key, [canonical for canonical, _, _ in placed]):
-            return Cover((), (), 0, _NO_OTHERS, padding=numel(target.shape))
-        padding = numel(target.shape) - sum(numel(box.sizes) for _, box, _ in placed)
+            return Cover((), (), 0, _NO_OTHERS, padding=target.held)
+        padding = target.held - sum(numel(box.sizes) for _, box, _ in placed)
         if padding:
             rule = self.memory.rule_for(key)
             padding = padding if rule is not None and rule.fill else 0
-        if len(placed) == 1 and (cover := self._whole(*placed[0])) is not None:
+        if len(placed) == 1 and (cover := self._at_once(*placed[0])) is not None:
             return cover._replace(padding=padding) if padding else cover
         wanted: dict[str, Dims] = {}
         for canonical, box, _ in placed:
@@ -208,7 +224,7 @@ class Sources:
             first = sources[0].name if sources else ""
             for source in sources:
                 overlap = self._overlap(source.box, box)
-                if overlap is None and numel(target.shape):
+                if overlap is None and target.held:
                     continue
                 names[source.name] = None
                 if overlap is None:
@@ -236,7 +252,7 @@ class Sources:
     def leave(self, target: Target) -> None:
         """Note that what ``target`` would be made of is left behind knowingly."""
         try:
-            placed = self.memory.place(target.key, target.boxes)
+            placed = self.memory.place(target.key, _whole(target).boxes)
         except MappingError:
             return
         self._asked.update([canonical for canonical, _, _ in placed or ()])
@@ -256,7 +272,7 @@ class Sources:
             return found
         return Overlap(found[0], found[1], found[2], found[3] + start, found[4])
 
-    def _whole(self, canonical: str, box: Box, add: float) -> Cover | None:
+    def _at_once(self, canonical: str, box: Box, add: float) -> Cover | None:
         """The usual case at a tenth of the cost: one source, and its box is the target's."""
         sources = self._sources.get(canonical)
         if sources is None or len(sources) != 1 or sources[0].box != box:
@@ -294,6 +310,11 @@ class Sources:
                     if source.name in self.used:
                         found.setdefault(source.name, {})[key] = None
         return {name: list(keys) for name, keys in found.items()}
+
+
+def _whole(target: Target) -> Target:
+    """``target`` as a process that has all of it describes it."""
+    return target if target.is_whole else target._replace(boxes=(Box.contiguous(target.shape),))
 
 
 def _extend(extents: dict[str, Dims], key: str, box: Box) -> None:

@@ -104,7 +104,9 @@ class Decisions:
             self.model.describe_init(target.key) if needs_init else None,
         )
         equal = () if len(covers) == 1 and not cover.others else _further_copies(covers)
-        return TargetPlan(claim, final, copies, equal, None, needs_init, bool(cover.padding))
+        local = cover.local
+        padded = bool(cover.padding) and local.covered < target.held
+        return TargetPlan(claim, final, local.copies, equal, None, needs_init, padded)
 
     def _zero(self, target: Target) -> TargetPlan:
         final = self._final_dtype(target, (self._common or target.dtype,))
@@ -312,10 +314,18 @@ def _alternatives(patterns: Sequence[str]) -> str:
 
 def _further_copies(covers: Sequence[Cover]) -> tuple[tuple[str, tuple[Copy, ...]], ...]:
     """Stored duplicates of what the first cover loads, but for those that are the same bytes."""
-    found = dict(covers[0].others)
-    for cover in covers[1:]:
-        found |= {", ".join(cover.names): cover.copies, **cover.others}
-    return tuple((name, copies) for name, copies in found.items() if copies != covers[0].copies)
+    whole = _duplicates(covers, covers)
+    local = _duplicates(covers, [cover.local for cover in covers])
+    kept = (name for name, copies in whole.items() if copies != covers[0].copies)
+    return tuple((name, local[name]) for name in kept if local.get(name))
+
+
+def _duplicates(covers: Sequence[Cover], parts: Sequence[Cover]) -> dict[str, tuple[Copy, ...]]:
+    """By the names of ``covers``, the copies of ``parts`` of them."""
+    found = dict(parts[0].others)
+    for cover, part in zip(covers[1:], parts[1:], strict=True):
+        found |= {", ".join(cover.names): part.copies, **part.others}
+    return found
 
 
 def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:

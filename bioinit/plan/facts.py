@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,9 +56,10 @@ class Copy(NamedTuple):
 class TargetPlan(NamedTuple):
     """What is done for one target that owns memory.
 
-    ``dtype`` is the final one. ``copies`` fill it; ``equal`` are further stored copies of the same
-    elements, which must be byte-equal. ``needs_init`` is True where the copies leave elements out,
-    and ``padded`` where what they leave out is zero.
+    ``dtype`` is the final one. ``copies`` fill what lies of it in local memory; ``equal`` are
+    further stored copies of the same elements, which must be byte-equal. ``needs_init`` is True
+    where the checkpoint leaves elements of it out, and ``padded`` where ``copies`` do and what they
+    leave out is zero.
     """
 
     claim: Claim
@@ -89,7 +90,7 @@ class LoadPlan:
     """How many targets and stored keys each skip prefix matched."""
     bytes_by_file: Mapping[int, int]
     memory_parameters: int
-    """Bytes of all targets in their final dtypes."""
+    """Bytes of what lies of all targets in local memory, in their final dtypes."""
     memory_peak: int
     """``memory_parameters`` and the buffers of the workers."""
     notes: tuple[str, ...] = ()
@@ -101,6 +102,8 @@ class LoadPlan:
     """What the JSON says of the checkpoint; a function, for its digest takes a while."""
     seconds: float = 0.0
     """How long planning took, opening the checkpoint and building on meta included."""
+    described: Mapping[str, Target] = field(default_factory=dict)
+    """All targets by key, those that ``targets`` says nothing of included."""
 
     def __repr__(self) -> str:
         return (
