@@ -21,16 +21,15 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
 from bioinit.formats.protocol import StoredTensor
-from bioinit.keys import Pattern
-from bioinit.layout import fold, row_major
+from bioinit.layout import fold, numel, row_major
 from bioinit.load.initial import Watching, own_random_state, reset_parameters
-from bioinit.load.memory import allocate
+from bioinit.load.parameters import FullySharded, is_finite, set_requires_grad
 from bioinit.load.transfer import Job, Progress, Transfer
 from bioinit.mapping import Conversion
 from bioinit.plan import Copy, LoadPlan
 from bioinit.report import LoadReport, raise_for
 from bioinit.storage import File, worker_count
-from bioinit.targets import Slot, held_strides, slots
+from bioinit.targets import Slot, Target, local, slots
 
 __all__ = ["execute", "reset_parameters"]
 
@@ -79,19 +78,20 @@ def execute(
         if init.check_finite:
             problems += work.check_finite()
         raise_for(problems, "loading found")
+        work.adopt()
     except BaseException as error:
         work.restore(error)
         raise
-    _set_requires_grad(work.live, init)
-    parameters = {id(p): p for p in module.parameters()}.values()
+    set_requires_grad(work.by_key(), init)
+    parameters = work.parameters()
     return LoadReport(
         claims=plan.tensors,
         unused=plan.unused,
         problems=plan.problems,
         bytes_read=transfer.bytes_read,
         seconds=time.perf_counter() - started,
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(size for parameter, size in parameters if parameter.requires_grad),
+        parameters=sum(size for _, size in parameters),
         document=plan.to_json,
         remarks=tuple(dict.fromkeys(remark for file in files for remark in file.remarks)),
     )
@@ -103,9 +103,33 @@ class _Load:
     def __init__(self, plan: LoadPlan, module: nn.Module, device: torch.device) -> None:
         self.plan, self.module, self.device = plan, module, device
         self.live: dict[str, torch.Tensor] = {}
+        """By the names that this process has for them."""
+        self._keys = {t.live: key for key, t in plan.described.items() if t.live}
+        self._sharded = FullySharded(module)
         self._before: list[tuple[Slot, torch.Tensor]] = []
         self._made: set[str] = set()
         self._touched: list[str] = []
+
+    def key(self, slot: str) -> str:
+        """What the whole model calls the tensor that is ``slot`` in this process."""
+        return self._keys.get(slot, slot)
+
+    def held(self, key: str) -> torch.Tensor:
+        """The local memory of the target ``key``."""
+        return local(self.live[self.plan.described[key].slot]).detach()
+
+    def by_key(self) -> dict[str, torch.Tensor]:
+        """The live tensors by the names of the whole model."""
+        return {self.key(slot): tensor for slot, tensor in self.live.items()}
+
+    def parameters(self) -> list[tuple[nn.Parameter, int]]:
+        """Each parameter once, and how many elements the whole of it has."""
+        described = self.plan.described
+        return [
+            (tensor, numel(described[key].shape))
+            for key, tensor in self.by_key().items()
+            if isinstance(tensor, nn.Parameter) and described[key].tied_to is None
+        ]
 
     def materialize(self) -> None:
         """Give memory to what has none, once; shared tensors stay shared."""
@@ -117,10 +141,9 @@ class _Load:
             if tensor.is_meta:
                 known = made.get(id(tensor))
                 if known is None:
-                    planned = self.plan.targets.get(slot.key)
+                    planned = self.plan.targets.get(self.key(slot.key))
                     dtype = tensor.dtype if planned is None else planned.dtype
-                    memory = allocate(tuple(tensor.shape), dtype, self.device, held_strides(tensor))
-                    known = _like(tensor, memory)
+                    known = self._sharded.make(tensor, dtype, self.device)
                     made[id(tensor)] = known
                     self._made.add(slot.key)
                 self._put(slot, known)
@@ -165,8 +188,8 @@ class _Load:
             if self.live[key].numel()
         ]
 
-    def _is_new(self, key: str) -> bool:
-        planned = self.plan.targets.get(key)
+    def _is_new(self, slot: str) -> bool:
+        planned = self.plan.targets.get(self.key(slot))
         return planned is None or planned.needs_init
 
     def fill(self, transfer: Transfer, stored: Mapping[str, StoredTensor]) -> None:
@@ -187,8 +210,9 @@ class _Load:
                 known[1].append(key)
             elif planned.copies or planned.padded:
                 self._touched.append(key)
-                tensor = self.live[key].detach()
-                if planned.padded:
+                tensor = self.held(key)
+                # Whatever lies in no box is padding of the layout in this process.
+                if planned.padded or self.plan.described[key].held < tensor.numel():
                     tensor.zero_()
                 jobs.extend(Job(copy, tensor) for copy in planned.copies)
         transfer.move(jobs)
@@ -211,27 +235,34 @@ class _Load:
         transfer.move(jobs)
         made = conversion.convert(inputs)
         for key in keys:
-            target, result = self.live[key], made.get(key)
+            target, result = self.plan.described[key], made.get(key)
             # The plan foresees this but for operations that read values.
             if result is None or result.shape != target.shape:
                 what = "nothing" if result is None else tuple(result.shape)
                 problem = Problem(
                     "mismatch",
                     key,
-                    f"{conversion.text} made {what} for {key!r}, which is {tuple(target.shape)}.",
+                    f"{conversion.text} made {what} for {key!r}, which is {target.shape}.",
                     "Skip the tensor by its prefix, or report the architecture.",
                 )
                 raise_for([problem], "loading found")
             else:
-                with torch.no_grad():
-                    target.copy_(result)
+                self._put_in(target, result)
+
+    def _put_in(self, target: Target, whole: torch.Tensor) -> None:
+        """Copy what lies here of ``target`` out of the whole of it."""
+        tensor = self.held(target.key)
+        start = tensor.storage_offset()
+        for offsets, sizes, first, strides in target.boxes:
+            part = whole[tuple(map(slice, offsets, map(int.__add__, offsets, sizes)))]
+            tensor.as_strided(sizes, strides, start + first).copy_(part)
 
     def compare(self, transfer: Transfer) -> list[Problem]:
         """Hold further stored copies of a target against what was loaded."""
         found = []
         for key, planned in self.plan.targets.items():
             for name, copies in planned.equal:
-                tensor = self.live[key].detach()
+                tensor = self.held(key)
                 if not transfer.same(Job(copy, tensor) for copy in copies):
                     found.append(
                         Problem(
@@ -256,8 +287,12 @@ class _Load:
                 "Mend the checkpoint, skip its prefix, or set init.check_finite=false.",
             )
             for key in self._touched
-            if not _is_finite(self.live[key].detach())
+            if not is_finite(self.held(key))
         ]
+
+    def adopt(self) -> None:
+        """Let whoever divided the module know of its memory."""
+        self._sharded.adopt()
 
     def restore(self, error: BaseException) -> None:
         """Put back what was on meta; say of the rest which parameters are not as they were."""
@@ -266,7 +301,8 @@ class _Load:
                 slot.module._buffers if slot.is_buffer else slot.module._parameters
             )
             registry[slot.name] = tensor
-        changed = [key for key in self._touched if key not in self._made]
+        made = set(map(self.key, self._made))
+        changed = [key for key in self._touched if key not in made]
         if changed:
             shown = ", ".join(changed[:5]) + (
                 f" and {len(changed) - 5} more" if changed[5:] else ""
@@ -287,53 +323,3 @@ def whole_copies(tensor: StoredTensor) -> list[Copy]:
         overlap = fold(box.sizes, box.start, box.strides, start, strides)
         found.append(Copy(piece.file, piece.offset, tensor.dtype, overlap))
     return found
-
-
-def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """``memory`` as the same kind of parameter or buffer as ``tensor``, attributes included."""
-    if not isinstance(tensor, nn.Parameter):
-        return memory
-    if type(tensor) is nn.Parameter:
-        new: torch.Tensor = nn.Parameter(memory, requires_grad=tensor.requires_grad)
-    else:
-        new = torch.Tensor._make_subclass(type(tensor), memory, tensor.requires_grad)
-    if tensor.__dict__:
-        new.__dict__.update(tensor.__dict__)
-    return new
-
-
-def _is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
-    if not tensor.dtype.is_floating_point or not tensor.numel():
-        return True
-    for part in tensor.reshape(-1).split(chunk):  # type: ignore[no-untyped-call]
-        if part.dtype.itemsize == 1:
-            part = part.float()
-        low, high = torch.aminmax(part)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            return False
-    return True
-
-
-def _set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> None:
-    """A tied parameter is trained if one of its names is, and frozen if one of its names is.
-
-    Without ``init.trainable`` a parameter stays as its architecture made it, unless it is frozen.
-    """
-    trainable = [Pattern(text) for text in init.trainable]
-    frozen = [Pattern(text) for text in init.frozen]
-    if not trainable and not frozen:
-        return
-    names: dict[int, list[str]] = {}
-    parameters = {k: t for k, t in live.items() if isinstance(t, nn.Parameter)}
-    for key, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(key)
-
-    def match(patterns: list[Pattern], keys: list[str]) -> bool:
-        return any(pattern.match(key) is not None for pattern in patterns for key in keys)
-
-    for parameter in parameters.values():
-        keys = names[id(parameter)]
-        if trainable:
-            parameter.requires_grad_(match(trainable, keys))
-        if match(frozen, keys):
-            parameter.requires_grad_(False)

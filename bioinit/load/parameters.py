@@ -1,0 +1,118 @@
+"""Parameters with memory in the place of those on meta: of the same kind, with the same attributes.
+
+Of a DTensor only the local tensor gets memory. ``fully_shard`` keeps a flat view of that memory for
+its collectives, padded where the shards of a parameter are uneven; it gets the padding from us, so
+that it need not move the parameter into memory of its own at the first forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bioinit.config import InitPolicy
+from bioinit.keys import Pattern
+from bioinit.load.memory import allocate
+from bioinit.targets import held_strides, is_divided, local
+
+
+class FullySharded:
+    """What ``fully_shard`` keeps beside the parameters of a module, if it was called."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._kept = {id(each.sharded_param): each for each in _kept(root)}
+        self._padded: list[tuple[Any, torch.Tensor]] = []
+
+    def make(self, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """``tensor``, which is on meta, with memory."""
+        held = local(tensor)
+        kept = self._kept.get(id(tensor))
+        shape = tuple(held.shape)
+        if kept is None or tuple(kept.padded_sharded_param_size) == shape:
+            return _like(tensor, allocate(shape, dtype, device, held_strides(held)))
+        memory = allocate(tuple(kept.padded_sharded_param_size), dtype, device)
+        memory[shape[0] :].zero_()
+        self._padded.append((kept, memory))
+        return _like(tensor, memory[: shape[0]])
+
+    def adopt(self) -> None:
+        """Tell it of the memory that its parameters have now."""
+        for kept, memory in self._padded:
+            kept._sharded_param_data = memory.view(-1)
+        for kept in self._kept.values():
+            registered = kept._module_info.module._parameters[kept._module_info.param_name]
+            if registered is not kept.sharded_param:
+                kept.reset_sharded_param()
+
+
+def _kept(root: nn.Module) -> Iterator[Any]:
+    # Whoever called fully_shard has imported it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in root.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                yield from group.fsdp_params
+
+
+def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory`` as the same kind of parameter or buffer as ``tensor``, attributes included."""
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if is_divided(tensor):
+        described: Any = (
+            tensor if tensor.dtype == memory.dtype else tensor.detach().to(memory.dtype)
+        )
+        memory = type(described)(memory, described._spec, requires_grad=False)
+    elif is_parameter and type(tensor) is not nn.Parameter:
+        made = torch.Tensor._make_subclass(type(tensor), memory, tensor.requires_grad)
+        made.__dict__.update(tensor.__dict__)
+        return made
+    if not is_parameter:
+        return memory
+    new = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+    for name, value in tensor.__dict__.items():
+        new.__dict__.setdefault(name, value)
+    return new
+
+
+def is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
+    """Whether nothing in it is NaN or Inf."""
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
+    for part in tensor.reshape(-1).split(chunk):  # type: ignore[no-untyped-call]
+        if part.dtype.itemsize == 1:
+            part = part.float()
+        low, high = torch.aminmax(part)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return False
+    return True
+
+
+def set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> None:
+    """A tied parameter is trained if one of its names is, and frozen if one of its names is.
+
+    Without ``init.trainable`` a parameter stays as its architecture made it, unless it is frozen.
+    """
+    trainable = [Pattern(text) for text in init.trainable]
+    frozen = [Pattern(text) for text in init.frozen]
+    if not trainable and not frozen:
+        return
+    names: dict[int, list[str]] = {}
+    parameters = {k: t for k, t in live.items() if isinstance(t, nn.Parameter)}
+    for key, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(key)
+
+    def match(patterns: list[Pattern], keys: list[str]) -> bool:
+        return any(pattern.match(key) is not None for pattern in patterns for key in keys)
+
+    for parameter in parameters.values():
+        keys = names[id(parameter)]
+        if trainable:
+            parameter.requires_grad_(match(trainable, keys))
+        if match(frozen, keys):
+            parameter.requires_grad_(False)
