@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +47,11 @@ class Pattern:
         """What each wildcard caught, or None if the whole key does not match."""
         found = self._regex.fullmatch(key)
         return found.groups() if found else None
+
+    def among(self, keys: Iterable[str]) -> Iterator[str]:
+        """Those of ``keys`` that match, in their order; for many keys of which few do."""
+        end = self._literals[-1]
+        return (key for key in keys if key.endswith(end) and self.match(key) is not None)
 
     @cached_property
     def _literals(self) -> tuple[str, ...]:

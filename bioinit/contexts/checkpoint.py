@@ -107,10 +107,19 @@ class Checkpoint:
         if self._digest is None:
             lines = [f"{f.name} {f.offset} {f.size} {f.mtime_ns}" for f in self.files]
             # One text and one hash: a call per tensor takes longer than planning them all.
+            kinds: dict[tuple[Any, ...], str] = {}
+            boxes: dict[Box, str] = {}  # few differ, and spelling one takes most of the time
             for name, (shape, dtype, pieces, kind) in self.tensors.items():
-                lines.append(f"{name} {dtype} {kind} {shape}")
-                for file, offset, (offsets, sizes, start, strides) in pieces:
-                    lines.append(f"{file} {offset} {offsets} {sizes} {start} {strides}")
+                text = kinds.get((dtype, kind, shape))
+                if text is None:
+                    text = kinds[dtype, kind, shape] = f"{dtype} {kind} {shape}"
+                lines.append(f"{name} {text}")
+                for file, offset, box in pieces:
+                    text = boxes.get(box)
+                    if text is None:
+                        offsets, sizes, start, strides = box
+                        text = boxes[box] = f"{offsets} {sizes} {start} {strides}"
+                    lines.append(f"{file} {offset} {text}")
             data = "\0".join(lines).encode("utf-8", "surrogatepass")  # names need not be text
             self._digest = hashlib.sha256(data).hexdigest()
         return self._digest
