@@ -49,6 +49,7 @@ def gpt(config: Any, translation: Translation, fields: Mapping[str, Any], **more
         config,
         {**common, **fields},
         vocab_size=padded(config.vocab_size, config.make_vocab_size_divisible_by),
+        divisor=config.make_vocab_size_divisible_by,
         **{**positions, **scaling(config), **more},
     )
 

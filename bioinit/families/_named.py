@@ -129,7 +129,14 @@ def named_family(
         stored: Mapping[str, Dims],
         described: Config | None = None,
     ) -> Names:
-        live = {key: tuple(tensor.shape) for key, tensor in _tensors(model)}
+        # As the whole model has them, of which this may be a part.
+        parts = backend(asked).located(model)
+        live = {
+            parts[key].key if key in parts else key: (
+                parts[key].shape if key in parts else tuple(tensor.shape)
+            )
+            for key, tensor in _tensors(model)
+        }
         if is_megatron(asked):
             spoken, body = MEGATRON, translation.body(asked)
         else:

@@ -231,6 +231,7 @@ def _construct(config: BioBertConfig) -> nn.Module:
         config,
         {"activation_func": config.activation, "normalization": "LayerNorm"},
         vocab_size=_megatron.padded(config.vocab_size, config.make_vocab_size_divisible_by),
+        divisor=config.make_vocab_size_divisible_by,
         num_tokentypes=config.num_tokentypes if config.num_tokentypes > 1 else 0,
         add_binary_head=config.add_binary_head,
     )

@@ -489,15 +489,46 @@ def test_megatron_that_is_not_installed_is_said(monkeypatch):
         megatron.BACKEND.build(gpt())
 
 
-@pytest.mark.parametrize("word", ["tensor", "pipeline", "expert", "context"])
-def test_a_world_that_divides_the_model_is_refused(monkeypatch, word):
+@pytest.mark.parametrize("axis", ["tp", "pp", "ep", "cp"])
+def test_a_mesh_that_is_not_as_the_groups_are_is_refused(monkeypatch, axis):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=rf"says {axis}: 2, .* exist already, with {axis} 1"):
+        megatron.require_world({axis: 2})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({"tp": 2}, "there are 1 processes"),
+        ({"tpp": 1}, "an axis 'tpp'.*Closest: 'tp'"),
+        ({"pp": 0}, "pp: 0"),
+        ({"vpp": 2}, "nothing to interleave"),
+        ({"ep": 2}, "do not go into 1"),
+        ({"dp": 3}, "tp \\* pp \\* cp \\* dp is 3"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(mesh, said):
+    with pytest.raises(ConfigError, match=said):
+        megatron.require_world(mesh)
+
+
+@pytest.mark.parametrize(
+    ("axis", "fields", "said"),
+    [
+        ("tensor_model_parallel", {"num_attention_heads": 3}, "num_attention_heads=3 .* for tp"),
+        ("tensor_model_parallel", {"ffn_hidden_size": 9}, "ffn_hidden_size=9 .* for tp"),
+        ("pipeline_model_parallel", {"num_layers": 3}, "num_layers=3 .* for pp"),
+        ("expert_model_parallel", {"num_moe_experts": 3}, "num_moe_experts=3 .* for ep"),
+        ("expert_model_parallel", {}, "has ep: 2, and this model has no experts"),
+    ],
+)
+def test_a_size_that_does_not_divide_is_refused_by_its_name(monkeypatch, axis, fields, said):
     from megatron.core import parallel_state
 
     megatron.BACKEND.build(gpt())
-    getter = f"get_{word}_model_parallel_world_size".replace("context_model", "context")
-    monkeypatch.setattr(parallel_state, getter, lambda: 2)
-    with pytest.raises(ConfigError, match=f"{word} parallelism of 2"):
-        megatron.BACKEND.build(gpt())
+    monkeypatch.setattr(parallel_state, f"get_{axis}_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=said):
+        megatron.BACKEND.build(gpt(LLAMA | fields))
 
 
 def test_processes_that_nobody_has_told_megatron_of_are_refused(monkeypatch):

@@ -3,8 +3,9 @@
 Megatron's modules write their first values in the constructor and nowhere else. So the constructor
 runs a second time, and every parameter that it registers is given the memory of the live one in its
 place: what it writes arrives, and what ``load`` protects stays. Megatron draws a weight in a tensor
-of its own first, of which each process keeps a part; it is drawn under the name of the parameter
-that was registered last, and gets no memory where that stays as it is.
+of its own first, of which each process keeps a part; it is drawn under the name that the parameter
+registered last has in the whole model, so the parts fit together into what one process draws, and
+it gets no memory where that parameter stays as it is.
 
 Importing this package imports no megatron-core; using it does. Families call :func:`gpt` and
 :func:`bert`.
@@ -27,19 +28,35 @@ from bioinit.backends._registration import (
     registration_order,
     to_meta,
 )
-from bioinit.backends.megatron.models import activation, bert, gpt, transformer_config
+from bioinit.backends.megatron.located import global_names, located, stages
+from bioinit.backends.megatron.models import (
+    activation,
+    bert,
+    gpt,
+    rows_of_one,
+    transformer_config,
+)
 from bioinit.backends.megatron.world import imported, require_world
 from bioinit.backends.protocol import Backend, Make, Watch
 from bioinit.errors import ConfigError
 
-__all__ = ["BACKEND", "activation", "bert", "gpt", "imported", "transformer_config"]
+__all__ = [
+    "BACKEND",
+    "activation",
+    "bert",
+    "gpt",
+    "imported",
+    "located",
+    "require_world",
+    "transformer_config",
+]
 
 
 def build(make: Make) -> nn.Module:
     """The model that ``make`` constructs, with every parameter and buffer on meta.
 
     Raises:
-        ConfigError: megatron-core is missing, or the model would be divided among processes.
+        ConfigError: megatron-core is missing, or process groups divide what cannot be divided so.
     """
     imported()
     require_world()
@@ -50,15 +67,23 @@ def build(make: Make) -> nn.Module:
 def initialize(
     model: nn.Module, make: Make, loaded: Collection[str], watch: Watch
 ) -> Mapping[str, torch.Tensor]:
-    """Construct the model over its own memory; the buffers that are not in ``loaded`` are given."""
+    """Construct the model over its own memory; the buffers that are not in ``loaded`` are given.
+
+    Of a part of a model, all names are those of the whole one.
+    """
     require_world()
     known = set(loaded)
+    named = global_names(model)
     live = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {key for key, _ in model.named_buffers(remove_duplicate=False)} - known
-    if not buffers and set(live) <= known:
+    stay = {key for key in live if named[key] in known}
+    buffers = {key for key, _ in model.named_buffers() if named[key] not in known}
+    if not buffers and stay == set(live):
         return {}
+    for key in live.keys() - stay:
+        watch.stands_for(live[key], named[key])
     with torch.device("meta"):
         order = registration_order(make)
+    rows = next(filter(None, (rows_of_one(stage) for _, stage in stages(model))), None)
     sparing = _Sparing()
     position = iter(range(len(order)))
 
@@ -67,8 +92,10 @@ def initialize(
         if index is None:
             raise changing("it registers more parameters the second time")
         key = min(order[index], default="")
-        sparing.stays = order[index] <= known
-        watch.entering(key)
+        sparing.stays = order[index] <= stay
+        whole = named.get(key, key)
+        sparing.rows = rows if whole in _BY_TOKEN else None
+        watch.entering(whole)
         if not key:
             return to_meta(parameter)
         if live[key].shape != parameter.shape:
@@ -78,7 +105,11 @@ def initialize(
 
     with registering(replace), sparing:
         again = constructed(make)
-    return {key: tensor for key, tensor in again.named_buffers() if key in buffers}
+    return {named[key]: tensor for key, tensor in again.named_buffers() if key in buffers}
+
+
+_BY_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""What has rows that only make the parts of all processes equal."""
 
 
 class _Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -88,6 +119,8 @@ class _Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stays = True
         """Whether that is so of the parameter that was registered last."""
+        self.rows: int | None = None
+        """How many rows of it one process would draw; the others only make parts equal."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -95,13 +128,20 @@ class _Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.stays and func is torch.ops.aten.empty.memory_format:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if self.rows is not None and torch.Tag.nondeterministic_seeded in func.tags:
+            drawn = args[0]
+            if drawn.dim() == 2 and drawn.shape[0] > self.rows:
+                for part in (drawn[: self.rows], drawn[self.rows :]):
+                    func(part, *args[1:], **kwargs)
+                return drawn
         return func(*args, **kwargs)
 
 
 def describe_init(model: nn.Module, key: str) -> str | None:
     """For example ``the constructor of GPTModel (ColumnParallelLinear)``."""
     owner = model.get_submodule(key.rpartition(".")[0])
-    return f"the constructor of {type(model).__name__} ({type(owner).__name__})"
+    stage = next(iter(stages(model)))[1]
+    return f"the constructor of {type(stage).__name__} ({type(owner).__name__})"
 
 
 def float32_keys(model: nn.Module, dtype: torch.dtype) -> frozenset[str]:
@@ -132,4 +172,5 @@ BACKEND = Backend(
     float32_keys=float32_keys,
     remember=remember,
     save=save,
+    located=located,
 )

@@ -3,7 +3,8 @@
 A family says in Megatron's words what differs from the defaults; fields that its config has under
 Megatron's names are taken from there. Everything is the local spec: it needs neither Transformer
 Engine nor Apex, and its ``sharded_state_dict()`` stores what that of a Transformer Engine model
-stores.
+stores. Where process groups divide a model, what is built is the part of this process: a stage of
+the pipeline, or an ``nn.ModuleList`` of chunks for whoever trains to hand to Megatron's schedules.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bioinit.backends.megatron.divided import padded, parallel_fields, stages
 from bioinit.backends.megatron.world import imported
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
@@ -40,6 +42,7 @@ _ALWAYS = {
     "use_cpu_initialization": True,
     "perform_initialization": True,
 }
+_ROWS = "rows_of_one_process"
 _UNLESS_SAID = {
     # The default is a text that megatron-core itself warns about, and makes an empty list.
     "cuda_graph_scope": None,
@@ -51,6 +54,7 @@ def gpt(
     fields: Mapping[str, Any],
     *,
     vocab_size: int | None = None,
+    divisor: int = 1,
     max_sequence_length: int | None = None,
     rope_scaling: Mapping[str, float] | None = None,
     embedding_scale: float | None = None,
@@ -61,7 +65,9 @@ def gpt(
     Args:
         config: of ours; gives what it has under Megatron's names.
         fields: of ``TransformerConfig``; they come before those of ``config``.
-        vocab_size: rows of the embedding, padding included; ``config.vocab_size`` if None.
+        vocab_size: rows of the embedding that one process would have, padding included;
+            ``config.vocab_size`` if None.
+        divisor: what the rows of every process are a multiple of.
         max_sequence_length: ``config.seq_length`` if None.
         rope_scaling: of Llama 3.1: ``factor``, and ``low_freq_factor``, ``high_freq_factor``,
             ``original_max_position_embeddings`` where they are not 1, 4 and 8192.
@@ -72,27 +78,37 @@ def gpt(
     Raises:
         ConfigError: megatron-core is missing, or cannot express or will not build this.
     """
-    model = imported("megatron.core.models.gpt").GPTModel
+    model = imported("bioinit.backends.megatron.parts").GPTModel
     transformer = transformer_config(config, fields)
-    block = imported("megatron.core.transformer.transformer_block").TransformerBlockSubmodules
+    block = imported("megatron.core.transformer.transformer_block")
     norm = imported("bioinit.backends.megatron.parts").Norm
-    layers = [_gpt_layer(transformer, norm)] * transformer.num_layers
-    given = _model_kwargs(config, vocab_size, max_sequence_length) | kwargs
-    built: nn.Module = _built(
-        lambda: model(
+    given = _model_kwargs(config, max_sequence_length) | kwargs
+    rows = config.vocab_size if vocab_size is None else vocab_size
+
+    def stage(first: bool, last: bool, chunk: int | None) -> nn.Module:
+        count = block.get_num_layers_to_build(transformer, chunk)
+        layers = [_gpt_layer(transformer, norm)] * count
+        built: Any = model(
             config=transformer,
-            transformer_layer_spec=block(layer_specs=layers, layer_norm=norm),
+            transformer_layer_spec=block.TransformerBlockSubmodules(
+                layer_specs=layers, layer_norm=norm
+            ),
+            vocab_size=padded(rows, divisor),
+            pre_process=first,
+            post_process=last,
+            vp_stage=chunk,
             **given,
         )
-    )
-    whole: Any = built
-    if rope_scaling is not None:
-        rotary = whole.rotary_pos_emb
-        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **rope_scaling)
-        whole.rotary_scaling = True
-    if embedding_scale is not None:
-        whole.embedding.register_forward_hook(_Scaled(embedding_scale))
-    return built
+        if rope_scaling is not None:
+            rotary = built.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **rope_scaling)
+            built.rotary_scaling = True
+        if embedding_scale is not None and first:
+            built.embedding.register_forward_hook(_Scaled(embedding_scale))
+        return _telling(built, rows)
+
+    whole: nn.Module = _built(lambda: stages(stage))
+    return whole
 
 
 def bert(
@@ -100,6 +116,7 @@ def bert(
     fields: Mapping[str, Any],
     *,
     vocab_size: int | None = None,
+    divisor: int = 1,
     max_sequence_length: int | None = None,
     num_tokentypes: int = 0,
     **kwargs: Any,
@@ -109,7 +126,9 @@ def bert(
     Args:
         config: of ours; gives what it has under Megatron's names.
         fields: of ``TransformerConfig``; they come before those of ``config``.
-        vocab_size: rows of the embedding, padding included; ``config.vocab_size`` if None.
+        vocab_size: rows of the embedding that one process would have, padding included;
+            ``config.vocab_size`` if None.
+        divisor: what the rows of every process are a multiple of.
         max_sequence_length: ``config.seq_length`` if None.
         num_tokentypes: 0 for a model without token types.
         kwargs: of ``BertModel``: ``add_binary_head`` (with the pooler),
@@ -118,7 +137,7 @@ def bert(
     Raises:
         ConfigError: megatron-core is missing, or cannot express or will not build this.
     """
-    model = imported("megatron.core.models.bert.bert_model").BertModel
+    model = imported("bioinit.backends.megatron.parts").BertModel
     layer = imported("megatron.core.models.bert.bert_layer_specs").bert_layer_local_spec
     norm = imported("bioinit.backends.megatron.parts").Norm
     transformer = transformer_config(config, fields)
@@ -129,16 +148,24 @@ def bert(
             f"{transformer.layernorm_zero_centered_gamma} is asked for. Leave model.backend out."
         )
     parts = dataclasses.replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
-    given = _model_kwargs(config, vocab_size, max_sequence_length) | kwargs
-    built: nn.Module = _built(
-        lambda: model(
+    given = _model_kwargs(config, max_sequence_length) | kwargs
+    rows = config.vocab_size if vocab_size is None else vocab_size
+
+    def stage(first: bool, last: bool, chunk: int | None) -> nn.Module:
+        built: nn.Module = model(
             config=transformer,
             num_tokentypes=num_tokentypes,
             transformer_layer_spec=dataclasses.replace(layer, submodules=parts),
+            vocab_size=padded(rows, divisor),
+            pre_process=first,
+            post_process=last,
+            vp_stage=chunk,
             **given,
         )
-    )
-    return built
+        return _telling(built, rows)
+
+    whole: nn.Module = _built(lambda: stages(stage))
+    return whole
 
 
 def transformer_config(config: Any, fields: Mapping[str, Any]) -> Any:
@@ -159,6 +186,7 @@ def transformer_config(config: Any, fields: Mapping[str, Any]) -> Any:
     given = {**_UNLESS_SAID, **given, **fields, **_ALWAYS}
     if given.get("num_moe_experts") is not None:
         given.setdefault("moe_ffn_hidden_size", given.get("ffn_hidden_size"))
+    given |= parallel_fields(given)
     if isinstance(given.get("activation_func"), str):
         given["activation_func"] = activation(given["activation_func"])
     return _built(lambda: kind(**given))
@@ -206,11 +234,18 @@ def _gpt_layer(transformer: Any, norm: type) -> Any:
     return layer
 
 
-def _model_kwargs(
-    config: Any, vocab_size: int | None, max_sequence_length: int | None
-) -> dict[str, Any]:
+def rows_of_one(module: nn.Module) -> int | None:
+    """Rows that the embedding of ``module`` would have in one process, if it was built here."""
+    return getattr(module, _ROWS, None)
+
+
+def _telling(built: nn.Module, rows: int) -> nn.Module:
+    setattr(built, _ROWS, rows)
+    return built
+
+
+def _model_kwargs(config: Any, max_sequence_length: int | None) -> dict[str, Any]:
     return {
-        "vocab_size": config.vocab_size if vocab_size is None else vocab_size,
         "max_sequence_length": (
             config.seq_length if max_sequence_length is None else max_sequence_length
         ),

@@ -24,6 +24,9 @@ RotaryEmbedding: Any = imported(
     "megatron.core.models.common.embeddings.rotary_pos_embedding"
 ).RotaryEmbedding
 
+_Gpt: Any = imported("megatron.core.models.gpt").GPTModel
+_Bert: Any = imported("megatron.core.models.bert.bert_model").BertModel
+
 _MASKED = -10000.0
 """What Megatron puts in the place of a masked score: a row that is masked whole becomes even."""
 
@@ -155,7 +158,34 @@ class Router(TopKRouter):  # type: ignore[misc]
         return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
+class _Stage:
+    """Where two stages of a pipeline have the embedding, and neither has memory to send yet."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        model: Any = self
+        is_tied = model.share_embeddings_and_output_weights
+        if not is_tied or model.config.pipeline_model_parallel_size == 1:
+            super().setup_embeddings_and_output_layer()  # type: ignore[misc]
+            return
+        weight = model.shared_embedding_or_output_weight()
+        if weight is not None:
+            weight.is_embedding_or_output_parameter = True
+            weight.shared_embedding = True
+            if not model.pre_process:
+                weight.shared = True
+
+
+class GPTModel(_Stage, _Gpt):  # type: ignore[misc]
+    """Megatron's, while it is constructed."""
+
+
+class BertModel(_Stage, _Bert):  # type: ignore[misc]
+    """Megatron's, while it is constructed."""
+
+
 _INSTEAD: dict[type, type[nn.Module]] = {
+    GPTModel: _Gpt,
+    BertModel: _Bert,
     DotProductAttention: Attention,
     RotaryEmbedding: Rotary,
     TopKRouter: Router,

@@ -2,7 +2,8 @@
 
 Megatron's modules read their process groups while they are constructed and again in ``forward``.
 Whoever trains has initialized ``torch.distributed`` and Megatron's groups: those are used. Where
-nobody has, this process gets a world of its own, of one rank, which stays until the process ends or
+nobody has, processes that have met get the groups that ``placement.mesh`` describes, and a process
+alone gets a world of its own, of one rank, which stays until the process ends or
 ``torch.distributed.destroy_process_group()`` is called: the model holds on to its groups.
 """
 
@@ -12,13 +13,17 @@ import importlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch.distributed
 
 from bioinit.errors import ConfigError
+from bioinit.keys import suggestion
+
+AXES = ("tp", "pp", "vpp", "ep", "cp", "dp")
+"""What divides a model of Megatron, or (``cp``, ``dp``) gives it to several processes whole."""
 
 
 def imported(module: str = "megatron.core") -> ModuleType:
@@ -41,11 +46,17 @@ def imported(module: str = "megatron.core") -> ModuleType:
         ) from None
 
 
-def require_world() -> None:
-    """Have Megatron's process groups, for one process that holds the whole model.
+def require_world(mesh: Mapping[str, int] | None = None) -> None:
+    """Have Megatron's process groups; they are made where nobody has.
+
+    Args:
+        mesh: how many ways each axis divides: ``tp``, ``pp``, ``vpp`` (chunks of each stage),
+            ``ep``, ``cp`` and ``dp``; what is left out is 1, but for ``dp``, which is what remains.
+            None: as the groups are, or as one process needs them.
 
     Raises:
-        ConfigError: the model would be divided among processes.
+        ConfigError: the axes do not go into the processes that there are, or groups exist already
+            and are others.
     """
     parallel_state = imported("megatron.core.parallel_state")
     if not torch.distributed.is_available():
@@ -58,34 +69,88 @@ def require_world() -> None:
         if launched != "1":
             raise ConfigError(
                 f"this process is one of WORLD_SIZE={launched}, and they have not met yet: what is "
-                "built now could not join them. Call torch.distributed.init_process_group() and "
-                "megatron.core.parallel_state.initialize_model_parallel() first."
+                "built now could not join them. Call torch.distributed.init_process_group() first."
             )
+        _check(dict(mesh or {}), 1)
         with _on_loopback():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes != 1:
+    processes = torch.distributed.get_world_size()
+    asked = _check(dict(mesh or {}), processes)
+    if parallel_state.model_parallel_is_initialized():
+        _compare({axis: asked[axis] for axis in mesh or ()}, sizes())
+        return
+    if mesh is None and processes != 1:
+        raise ConfigError(
+            f"torch.distributed has {processes} processes, but nobody has told Megatron how "
+            "they share a model. Say placement.mesh={tp: ..., pp: ...}, or call "
+            "megatron.core.parallel_state.initialize_model_parallel() in all of them first."
+        )
+    with _on_loopback():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=asked["tp"],
+            pipeline_model_parallel_size=asked["pp"],
+            virtual_pipeline_model_parallel_size=asked["vpp"] if asked["vpp"] > 1 else None,
+            expert_model_parallel_size=asked["ep"],
+            context_parallel_size=asked["cp"],
+        )
+
+
+def sizes() -> dict[str, int]:
+    """How many ways each axis of Megatron's groups divides; none where there are no groups."""
+    state = imported("megatron.core.parallel_state")
+    if not state.model_parallel_is_initialized():
+        return dict.fromkeys((*AXES, "etp"), 1)
+    return {
+        "tp": state.get_tensor_model_parallel_world_size(),
+        "pp": state.get_pipeline_model_parallel_world_size(),
+        "vpp": state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "ep": state.get_expert_model_parallel_world_size(),
+        "cp": state.get_context_parallel_world_size(),
+        "dp": state.get_data_parallel_world_size(),
+        "etp": state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _check(mesh: dict[str, int], processes: int) -> dict[str, int]:
+    """Every axis with its size, where they go into ``processes``."""
+    for axis, ways in mesh.items():
+        if axis not in AXES:
             raise ConfigError(
-                f"torch.distributed has {processes} processes, but nobody has told Megatron how "
-                "they share a model. Call megatron.core.parallel_state.initialize_model_parallel() "
-                "in all of them first."
+                f"placement.mesh has an axis {axis!r}, and a model of megatron-core has "
+                f"{', '.join(AXES)}. {suggestion(axis, AXES)}".strip()
             )
-        with _on_loopback():
-            parallel_state.initialize_model_parallel()
-    for word, ways in (
-        ("tensor", parallel_state.get_tensor_model_parallel_world_size()),
-        ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
-        ("expert", parallel_state.get_expert_model_parallel_world_size()),
-        ("expert tensor", parallel_state.get_expert_tensor_parallel_world_size()),
-        ("context", parallel_state.get_context_parallel_world_size()),
-    ):
-        if ways != 1:
+        if ways < 1:
+            raise ConfigError(f"placement.mesh says {axis}: {ways}. Give each axis 1 or more.")
+    found = {**dict.fromkeys(AXES, 1), **mesh}
+    model = found["tp"] * found["pp"] * found["cp"]
+    found["dp"] = mesh.get("dp", max(1, processes // model))
+    said = f"placement.mesh={ {axis: mesh[axis] for axis in AXES if axis in mesh} }"
+    if model * found["dp"] != processes:
+        raise ConfigError(
+            f"{said}, and tp * pp * cp * dp is {model * found['dp']}, but there are {processes} "
+            "processes. Change the mesh, or start as many processes."
+        )
+    experts = found["tp"] * found["ep"] * found["pp"]
+    if processes % experts:
+        raise ConfigError(
+            f"{said}: experts are divided over tp * ep * pp = {experts} processes, which do not go "
+            f"into {processes}. Let ep divide cp * dp = {found['cp'] * found['dp']}."
+        )
+    if found["vpp"] > 1 and found["pp"] == 1:
+        raise ConfigError(
+            f"{said}: a pipeline of one stage has nothing to interleave. Leave vpp out, or give pp "
+            "2 or more."
+        )
+    return found
+
+
+def _compare(asked: Mapping[str, int], there: Mapping[str, int]) -> None:
+    for axis, ways in asked.items():
+        if there[axis] != ways:
             raise ConfigError(
-                f"Megatron is initialized with {word} parallelism of {ways}, and a model that is "
-                "divided among processes cannot be loaded yet. Initialize it with sizes of 1; data "
-                "parallelism may be of any size."
+                f"placement.mesh says {axis}: {ways}, but Megatron's process groups exist already, "
+                f"with {axis} {there[axis]}. Correct the mesh, or leave the groups to bioinit."
             )
 
 
