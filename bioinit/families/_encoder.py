@@ -43,6 +43,14 @@ APART = (
 )
 """Why a checkpoint of one family is none of the other."""
 
+TENSOR_PARALLEL = {
+    **{f"encoder.layer.*.attention.self.{name}": "colwise" for name in ("query", "key", "value")},
+    "encoder.layer.*.attention.output.dense": "rowwise",
+    "encoder.layer.*.intermediate.dense": "colwise",
+    "encoder.layer.*.output.dense": "rowwise",
+}
+"""Attention by heads and the MLP by its inner size, in the modules of transformers."""
+
 _FIRST = "encoder.initial_layernorm"
 _FRONT = "language_model."
 _OLDER = (

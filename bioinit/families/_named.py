@@ -50,6 +50,7 @@ def named_family(
     tensors: Callable[[Any], Mapping[str, Canonical]],
     megatron: Builder | None = None,
     absent: Mapping[str, str] | None = None,
+    tensor_parallel: Mapping[str, str] | None = None,
 ) -> Family:
     """The family of ``config``.
 
@@ -60,6 +61,7 @@ def named_family(
         tensors: the canonical space for a config.
         megatron: constructs the megatron-core model; None if there is none.
         absent: why there is no dialect of a name that other families have.
+        tensor_parallel: styles by module, where transformers has no plan for the architecture.
 
     Raises:
         ConfigError: the translation names a field that the class does not have.
@@ -162,6 +164,7 @@ def named_family(
         tensors=tensors,
         absent=absent or {},
         body=translation.body,
+        tensor_parallel=tensor_parallel or {},
     )
 
 

@@ -241,4 +241,5 @@ FAMILY = dataclasses.replace(
         absent={"megatron": "megatron-core's BERT normalizes before attention and MLP, not after"},
     ),
     apart={"biobert": _encoder.APART},
+    tensor_parallel=_encoder.TENSOR_PARALLEL,
 )

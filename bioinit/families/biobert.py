@@ -281,4 +281,5 @@ FAMILY = dataclasses.replace(
         _construct,
     ),
     apart={"bert": _encoder.APART},
+    tensor_parallel=_encoder.TENSOR_PARALLEL,
 )

@@ -319,4 +319,5 @@ FAMILY = named_family(
         "megatron": "megatron-core's BERT does not scale embeddings by the share of masked tokens "
         "(token_dropout), as ESM-2 does"
     },
+    tensor_parallel=_encoder.TENSOR_PARALLEL,
 )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from bioinit.backends.protocol import Backend, Make, Watch
 from bioinit.errors import ConfigError
 from bioinit.layout import Dims
 from bioinit.mapping import Names
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _FLAG = "_is_hf_initialized"
 
@@ -132,6 +135,14 @@ def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
             logging.enable_progress_bar()
 
 
+def divide(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
+    """Divide tensors among the ranks of ``mesh``, by ``plan`` or that of the architecture."""
+    imported()
+    from bioinit.backends.transformers import division
+
+    division.divide(model, mesh, plan)
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
@@ -166,4 +177,5 @@ BACKEND = Backend(
     float32_keys=float32_keys,
     remember=remember,
     save=save,
+    divide=divide,
 )
