@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from bioinit.layout import Dims
 from bioinit.targets import Located
 
 if TYPE_CHECKING:
@@ -74,6 +75,14 @@ def _nothing_located(module: nn.Module) -> Mapping[str, Located]:
     return {}
 
 
+def _as_they_are(model: nn.Module, shapes: Mapping[str, Dims]) -> Mapping[str, str]:
+    return {key: key for key in shapes}
+
+
+def _nothing_beside(model: nn.Module, folder: Path) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way a module comes to be. The name of its file is its name."""
@@ -104,3 +113,10 @@ class Backend:
     divide: Callable[[nn.Module, DeviceMesh, Mapping[str, str]], None] | None = None
     """Divides a module on meta over a mesh of one axis for tensor parallelism, by the plan that its
     architecture has, or by the one given if that is not empty: module patterns to styles."""
+
+    saved_names: Callable[[nn.Module, Mapping[str, Dims]], Mapping[str, str] | None] = _as_they_are
+    """What ``save`` calls each tensor of these keys and shapes that it writes; None where it would
+    convert some of them, and so must have them whole."""
+
+    save_beside: Callable[[nn.Module, Path], None] = _nothing_beside
+    """Writes what ``save`` writes, but for the weights."""

@@ -18,13 +18,22 @@ from torch import nn
 
 from bioinit.backends.protocol import Backend
 from bioinit.errors import CorruptCheckpoint, RefusedCheckpoint, StorageError
+from bioinit.ranks import ALONE, World
 from bioinit.record import Origin, save_context
 from bioinit.report import dumps
 from bioinit.save.across import Across
-from bioinit.storage import File, Folder, Journal, atomic_folder, worker_count
+from bioinit.save.folder import common_folder
+from bioinit.save.plain import Plain
+from bioinit.save.writing import write_weights
+from bioinit.storage import File, Folder, Journal, worker_count
+from bioinit.targets import is_divided
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
+BY_BACKENDS = ("hf", "safetensors")
+"""The dialect and the format that backends write themselves. Megatron's writes nothing."""
+
+_ADDED = ("output", "files")
 _NOTHING: Mapping[str, str] = {}
 
 
@@ -38,12 +47,17 @@ def save(
     origins: Mapping[str, Origin] | None = None,
     homes: Sequence[Folder] = (),
     carried: Mapping[str, File] | None = None,
-    across: Across | None = None,
+    across: Across | Plain | None = None,
     keep: Iterable[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Write ``model``, its context, what it carries along and the receipt to ``path``.
+
+    All ranks of ``world`` call it, with a file system that they share. What is no tensor is written
+    by the first of them, and so are the tensors in every format but ``torch_dist``; it asks the
+    others for a slab at a time. If one rank fails, nothing is left.
 
     Args:
         model: real everywhere.
@@ -58,26 +72,48 @@ def save(
         keep: the files and folders of the checkpoint; ``path`` may not touch them.
         overwrite: replace a folder that is not empty.
         max_shard_bytes: the most bytes of one weight file.
+        world: the ranks that have the model together.
 
     Returns:
-        The receipt as it was written.
+        The receipt as it was written, on every rank.
 
     Raises:
         StorageError: the folder exists, or cannot be written; nothing is left under its name.
         PlanError: ``across`` has no place for something that the model holds.
         ConfigError: it has no word for a field of the config.
     """
-    with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
-        save_context(record, folder, origins)
+    located = backend.located(model)
+    if across is None and world.size > 1 and (located or _is_divided(model)):
+        across = Plain(backend, files=carried or {}, homes=tuple(homes))
+    document: dict[str, Any] = {}
+    with common_folder(path, world, overwrite=overwrite, keep=keep) as folder:
+        if not world.rank:
+            save_context(record, folder, origins)
         if across is None:
-            backend.save(model, folder, max_shard_bytes)
-            carry(folder, homes, carried or {})
-            return with_receipt(folder, receipt)
-        # A file of ours that people read makes room for one of that world by the same name.
-        side = across.write(model, folder, max_shard_bytes)
-        carry(folder, side.homes, side.copied)
-        output = {"dialect": across.to, "format": across.format}
-        return with_receipt(folder, {**receipt, "output": output})
+            if not world.rank:
+                backend.save(model, folder, max_shard_bytes)
+                carry(folder, homes, carried or {})
+                document = with_receipt(folder, receipt)
+        else:
+            # A file of ours that people read makes room for one of that world by the same name.
+            side, mine = write_weights(across, model, folder, max_shard_bytes, located, world)
+            known: dict[str, str] = {}
+            if world.size > 1:
+                parts = world.gathered({name: _digest(folder / name) for name in mine})
+                known = {name: digest for part in parts for name, digest in part.items()}
+            if not world.rank:
+                if (across.to, across.format) == BY_BACKENDS:
+                    backend.save_beside(model, folder)
+                carry(folder, side.homes, side.copied)
+                output = {"dialect": across.to, "format": across.format}
+                document = with_receipt(folder, {**receipt, "output": output}, known)
+    # When this is known, the folder has its name.
+    added = world.gathered({name: document[name] for name in _ADDED if name in document})[0]
+    return {**receipt, **added}
+
+
+def _is_divided(model: nn.Module) -> bool:
+    return any(map(is_divided, (*model.parameters(), *model.buffers())))
 
 
 def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) -> None:

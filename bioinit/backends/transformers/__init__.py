@@ -135,6 +135,27 @@ def save(model: nn.Module, folder: Path, max_bytes: int) -> None:
             logging.enable_progress_bar()
 
 
+def saved_names(model: nn.Module, shapes: Mapping[str, Dims]) -> Mapping[str, str] | None:
+    """What ``save_pretrained`` calls the tensors that it writes; None if it converts any."""
+    imported()
+    from bioinit.backends.transformers import conversions
+
+    return conversions.saved_names(model, shapes)
+
+
+def save_beside(model: nn.Module, folder: Path) -> None:
+    """The configs that ``save_pretrained`` writes beside the weights."""
+    whole: Any = model
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
+    if dtype is not None:
+        whole.config.dtype = str(dtype).removeprefix("torch.")
+    # A class that torch has made of it by sharding is none of transformers.
+    whole.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    whole.config.save_pretrained(folder)
+    if whole.can_generate():
+        whole.generation_config.save_pretrained(folder)
+
+
 def divide(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
     """Divide tensors among the ranks of ``mesh``, by ``plan`` or that of the architecture."""
     imported()
@@ -177,5 +198,7 @@ BACKEND = Backend(
     float32_keys=float32_keys,
     remember=remember,
     save=save,
+    saved_names=saved_names,
+    save_beside=save_beside,
     divide=divide,
 )

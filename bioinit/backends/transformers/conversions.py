@@ -383,3 +383,17 @@ def _run_on_tensors(
     )
     text = f"{', '.join(map(repr, converter.operations))} of transformers ({reason})"
     return Conversion(tuple(targets), tuple(key for _, key in order), compute, text)
+
+
+def saved_names(model: nn.Module, shapes: Mapping[str, Dims]) -> Mapping[str, str] | None:
+    """What ``save_pretrained`` calls the tensors that it writes; None if it converts any."""
+    whole: Any = model
+    left = frozenset(whole._keys_to_ignore_on_save or ())
+    live = {k: torch.empty(s, device="meta") for k, s in shapes.items() if k not in left}
+    names = {id(tensor): key for key, tensor in live.items()}
+    try:
+        written = library.revert_weight_conversion(whole, dict(live))
+    except (RuntimeError, ValueError, TypeError, LookupError):
+        return None  # an operation that looks at values
+    found = {names[id(t)]: name for name, t in written.items() if id(t) in names}
+    return found if len(found) == len(live) == len(written) else None

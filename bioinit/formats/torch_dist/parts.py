@@ -1,8 +1,9 @@
-"""Writes torch's distributed checkpoint, with what Megatron-Core keeps beside it, in one process.
+"""Writes torch's distributed checkpoint, with what Megatron-Core keeps beside it.
 
-Torch's own writer stores the bytes and the index; it is asked for a part of about a gigabyte at a
-time, so that an interrupted one loses no more. The planner that it asks for data makes a chunk when
-it is wanted, in memory that is used again: a chunk per thread is all that is ever held.
+One process writes all of it, or each of many its own chunks, and one of them the index. Torch's
+own writer stores the bytes and the index; it is asked for a part of about a gigabyte at a time, so
+that an interrupted one loses no more. The planner that it asks for data makes a chunk when it is
+wanted, in memory that is used again: a chunk per thread is all that is ever held.
 
 A chunk is a box of rows. Where a tensor is a stack, of layers or of the experts in them, no chunk
 crosses from one into the next, so who loads one layer reads no other.
@@ -14,7 +15,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -54,6 +55,7 @@ MOST_WORKERS = 4
 LARGEST_PART, SMALLEST_PART, PARTS = 2**30, 2**26, 16
 """Bytes of a part, and how many there should be before they get larger."""
 
+_NOTHING: Mapping[str, bytes] = {}
 _LAYERS = re.compile(r"(.*\.)?layers\.(?!\d+(\.|$)).+")
 _EXPERTS = re.compile(r"(.*\.)?experts\.experts\.(?!\d+(\.|$)).+")
 _BACKEND = {
@@ -74,17 +76,57 @@ def write(
     """
     for left in folder.glob(".part-*"):
         shutil.rmtree(left, ignore_errors=True)
+    chunks = [chunk for tensor in tensors for chunk in chunks_of(tensor)]
+    write_chunks(folder, chunks, journal, objects=options.objects)
+    finish(folder, tensors, chunks, [journal.notes], options)
+
+
+def write_chunks(
+    folder: Path,
+    chunks: Sequence[Chunk],
+    journal: Journal,
+    *,
+    rank: int = 0,
+    objects: Mapping[str, bytes] = _NOTHING,
+) -> None:
+    """Write ``chunks`` and ``objects`` as the files of ``rank``; the journal says what is in them.
+
+    Raises:
+        StorageError: the file system refused.
+    """
     parts = [
-        _Part(folder, number, chunks, options.objects if not number else {})
-        for number, chunks in enumerate(_divided(tensors))
+        _Part(folder, rank, number, held, objects if not number else {})
+        for number, held in enumerate(_divided(chunks))
+        if held or not rank
     ]
     with _without_checksums():
         write_units(parts, journal, workers=min(worker_count(), MOST_WORKERS))
-        with writing(folder / _megatron.COMMON):
-            torch.save(dict(options.common), folder / _megatron.COMMON)
-    results = [part.results(journal.notes[part.key]) for part in parts]
+
+
+def finish(
+    folder: Path,
+    tensors: Sequence[Outgoing],
+    chunks: Iterable[Chunk],
+    notes: Sequence[Mapping[str, Any]],
+    options: WriteOptions,
+) -> None:
+    """Write what makes files of chunks a checkpoint: the index, and what Megatron keeps beside it.
+
+    Args:
+        folder: where the files are.
+        tensors: what was written.
+        chunks: all of their chunks.
+        notes: what each journal says.
+        options: what else is stored.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with _without_checksums(), writing(folder / _megatron.COMMON):
+        torch.save(dict(options.common), folder / _megatron.COMMON)
+    results = [_results(name, note) for said in notes for name, note in said.items()]
     with writing(folder):
-        _Writer(folder).finish(_index(tensors, options.objects), results)
+        _Writer(folder).finish(_index(tensors, chunks, options.objects), results)
         (folder / _megatron.CONFIG).write_text(json.dumps(_BACKEND))
 
 
@@ -131,19 +173,18 @@ def chunks_of(tensor: Outgoing) -> Iterator[Chunk]:
             yield Chunk(tensor, offsets, sizes, first)
 
 
-def _divided(tensors: Sequence[Outgoing]) -> list[list[Chunk]]:
+def _divided(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """The chunks of every part; the same for the same tensors, whoever writes them."""
-    total = sum(numel(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    total = sum(chunk.bytes for chunk in chunks)
     most = min(max(total // PARTS, SMALLEST_PART), LARGEST_PART)
     parts: list[list[Chunk]] = [[]]
     held = 0
-    for tensor in tensors:
-        for chunk in chunks_of(tensor):
-            if parts[-1] and held + chunk.bytes > most:
-                parts.append([])
-                held = 0
-            parts[-1].append(chunk)
-            held += chunk.bytes
+    for chunk in chunks:
+        if parts[-1] and held + chunk.bytes > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(chunk)
+        held += chunk.bytes
     return parts
 
 
@@ -181,13 +222,18 @@ class _Part(Unit):
     """One ``.distcp`` file; it has its name when all of it is on the disk."""
 
     def __init__(
-        self, folder: Path, number: int, chunks: Sequence[Chunk], objects: Mapping[str, bytes]
+        self,
+        folder: Path,
+        rank: int,
+        number: int,
+        chunks: Sequence[Chunk],
+        objects: Mapping[str, bytes],
     ) -> None:
-        super().__init__(f"__0_{number}.distcp")
+        super().__init__(f"__{rank}_{number}.distcp")
         self.path = folder / self.key
         self.chunks = chunks
         self.objects = objects
-        self._made_in = folder / f".part-{number}"
+        self._made_in = folder / f".part-{rank}-{number}"
         self._note: Any = None
 
     def is_whole(self, note: Any) -> bool:
@@ -205,13 +251,6 @@ class _Part(Unit):
 
     def close(self) -> None:
         shutil.rmtree(self._made_in, ignore_errors=True)
-
-    def results(self, note: Any) -> list[WriteResult]:
-        """What torch said of it, as it was noted."""
-        return [
-            WriteResult(MetadataIndex(name, offsets), length, _StorageInfo(self.key, at, length))
-            for name, offsets, at, length in note["items"]
-        ]
 
     def _write(self, desk: Desk) -> None:
         objects = {name: _stored(content) for name, content in self.objects.items()}
@@ -237,6 +276,14 @@ def _noted(result: WriteResult) -> list[Any]:
     return [index.fqn, offsets, place.offset, place.length]
 
 
+def _results(file: str, note: Any) -> list[WriteResult]:
+    """What torch said of a file, as it was noted."""
+    return [
+        WriteResult(MetadataIndex(name, offsets), length, _StorageInfo(file, at, length))
+        for name, offsets, at, length in note["items"]
+    ]
+
+
 def _stored(content: bytes) -> bytes:
     """An object as Megatron stores it: a list of one, and None where there is nothing to keep."""
     data = io.BytesIO()
@@ -259,13 +306,16 @@ def _properties(tensor: Outgoing) -> TensorProperties:
     return TensorProperties(dtype=tensor.dtype)
 
 
-def _index(tensors: Sequence[Outgoing], objects: Mapping[str, bytes]) -> Metadata:
+def _index(
+    tensors: Sequence[Outgoing], chunks: Iterable[Chunk], objects: Mapping[str, bytes]
+) -> Metadata:
     entries: dict[str, Any] = {name: BytesStorageMetadata() for name in objects}
     for tensor in tensors:
-        boxes = [chunk.box for chunk in chunks_of(tensor)]
         entries[tensor.key] = TensorStorageMetadata(
-            _properties(tensor), torch.Size(tensor.shape), boxes
+            _properties(tensor), torch.Size(tensor.shape), []
         )
+    for chunk in chunks:
+        entries[chunk.tensor.key].chunks.append(chunk.box)
     return Metadata(entries)
 
 
