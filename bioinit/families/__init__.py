@@ -31,6 +31,7 @@ __all__ = [
     "dialect_in",
     "dialect_of",
     "find",
+    "is_megatron",
     "load",
     "names",
     "of_config",
@@ -126,7 +127,19 @@ def of_module(
         from bioinit.backends import transformers
 
         return transformers.BACKEND, transformers.names
-    return backends.load("module"), None
+    own = backends.load("module")
+    if is_megatron(module):
+        own = dataclasses.replace(own, located=backends.load("megatron").located)
+    return own, None
+
+
+def is_megatron(module: nn.Module) -> bool:
+    """Whether ``module`` is megatron-core's: a model, a stage of one, or a list of such."""
+    library: Any = sys.modules.get("megatron.core.transformer.module")
+    if library is None:
+        return False
+    parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+    return bool(parts) and all(isinstance(part, library.MegatronModule) for part in parts)
 
 
 def _subclassed(family: Family, cls: type[TrainableModelConfig]) -> Family:

@@ -25,7 +25,6 @@ from bioinit.mapping import Names
 from bioinit.merge import merge
 from bioinit.record import build, make_record
 
-_BUILDERS = {"transformers": "PreTrainedModel", "megatron.core.transformer": "MegatronModule"}
 _DIALECTS = {"transformers": "hf", "megatron": "megatron"}
 
 
@@ -81,14 +80,11 @@ def described_by(
 
 def _builder_of(module: nn.Module) -> str | None:
     """Who builds modules of this class; asked only of libraries that are imported already."""
-    for name, kind in _BUILDERS.items():
-        library: Any = sys.modules.get(name)
-        cls = getattr(library, kind, None)
-        if cls is None and library is not None:
-            cls = getattr(sys.modules.get(f"{name}.module"), kind, None)
-        if cls is not None and isinstance(module, cls):
-            return name.partition(".")[0]
-    return None
+    library: Any = sys.modules.get("transformers")
+    pretrained = getattr(library, "PreTrainedModel", None)
+    if pretrained is not None and isinstance(module, pretrained):
+        return "transformers"
+    return "megatron" if families.is_megatron(module) else None
 
 
 def _own_context(module: nn.Module) -> Context | None:

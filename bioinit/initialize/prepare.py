@@ -102,9 +102,9 @@ def prepare_module(
     backend, own_names = families.of_module(module)
     if mapping is None:
         own_names = names_across(module, checkpoint) or own_names
-    targets = describe(module)
+    targets = describe(module, backend.located(module))
     names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
-    if own_names is None:
+    if own_names is None or families.is_megatron(module):
         backend = dataclasses.replace(
             backend, initialize=reset_parameters, describe_init=_describe_reset
         )
@@ -176,7 +176,7 @@ def _decide(
         return family.build(config)
 
     module = backend.build(make)
-    targets = describe(module)
+    targets = describe(module, backend.located(module))
     names, spelling = names_of_family(family, config, described, module, targets, checkpoint)
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors

@@ -46,16 +46,20 @@ def model_side(
     """``module``, described by ``targets``, as planning sees it."""
     float32 = backend.float32_keys(module, dtype) if dtype is not None else frozenset()
 
+    def slot(key: str) -> str:
+        return targets[key].slot if key in targets else key
+
     def describe_init(key: str) -> str:
-        return backend.describe_init(module, key) or "nothing"
+        return backend.describe_init(module, slot(key)) or "nothing"
 
     def pinned(key: str) -> torch.dtype | None:
-        return torch.float32 if key in float32 else None
+        return torch.float32 if slot(key) in float32 else None
 
     def computed(key: str) -> bool:
         # Running statistics are learned; a fresh start for them is no substitute.
-        owner = module.get_submodule(key.rpartition(".")[0])
-        return not isinstance(owner, _NormBase) and backend.describe_init(module, key) is not None
+        owner = module.get_submodule(slot(key).rpartition(".")[0])
+        given = backend.describe_init(module, slot(key))
+        return not isinstance(owner, _NormBase) and given is not None
 
     return Model(targets, describe_init, pinned, computed, _vocab_keys(module))
 

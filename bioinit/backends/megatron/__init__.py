@@ -67,20 +67,14 @@ def build(make: Make) -> nn.Module:
 def initialize(
     model: nn.Module, make: Make, loaded: Collection[str], watch: Watch
 ) -> Mapping[str, torch.Tensor]:
-    """Construct the model over its own memory; the buffers that are not in ``loaded`` are given.
-
-    Of a part of a model, all names are those of the whole one.
-    """
+    """Construct the model over its own memory; the buffers that are not in ``loaded`` are given."""
     require_world()
     known = set(loaded)
-    named = global_names(model)
     live = dict(model.named_parameters(remove_duplicate=False))
-    stay = {key for key in live if named[key] in known}
-    buffers = {key for key, _ in model.named_buffers() if named[key] not in known}
-    if not buffers and stay == set(live):
+    buffers = {key for key, _ in model.named_buffers(remove_duplicate=False)} - known
+    if not buffers and set(live) <= known:
         return {}
-    for key in live.keys() - stay:
-        watch.stands_for(live[key], named[key])
+    named = global_names(model)
     with torch.device("meta"):
         order = registration_order(make)
     rows = next(filter(None, (rows_of_one(stage) for _, stage in stages(model))), None)
@@ -92,7 +86,7 @@ def initialize(
         if index is None:
             raise changing("it registers more parameters the second time")
         key = min(order[index], default="")
-        sparing.stays = order[index] <= stay
+        sparing.stays = order[index] <= known
         whole = named.get(key, key)
         sparing.rows = rows if whole in _BY_TOKEN else None
         watch.entering(whole)
@@ -105,7 +99,7 @@ def initialize(
 
     with registering(replace), sparing:
         again = constructed(make)
-    return {named[key]: tensor for key, tensor in again.named_buffers() if key in buffers}
+    return {key: tensor for key, tensor in again.named_buffers() if key in buffers}
 
 
 _BY_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
