@@ -1,0 +1,26 @@
+"""What is asked of the store at which the ranks met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Store(Protocol):
+    """The part of torch.distributed's stores that is used here; torch has no types for bytes."""
+
+    def set(self, key: str, value: bytes, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def multi_get(self, keys: Sequence[str], /) -> Sequence[bytes]: ...
+
+    def add(self, key: str, amount: int, /) -> int: ...
+
+    def check(self, keys: Sequence[str], /) -> bool: ...
+
+    def delete_key(self, key: str, /) -> bool: ...
+
+    def has_extended_api(self) -> bool: ...
+
+    def clone(self) -> Store: ...
