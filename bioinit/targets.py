@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -121,17 +120,19 @@ _NOWHERE: Mapping[str, Located] = {}
 def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict[str, Target]:
     """The targets of ``root`` by key, non-persistent buffers included, in state-dict order.
 
+    Parameters that ``fully_shard`` keeps gathered after a forward are given back first, as they
+    are for its state dict: whatever is written into them would be thrown away.
+
     Args:
         root: the module, or the part of a model that this process has.
         located: what whoever built it knows of tensors that are parts, by their names in ``root``.
 
     Raises:
-        ConfigError: what a DTensor holds cannot be told, its parameters are gathered at the moment,
-            or two tensors are said to be one.
+        ConfigError: what a DTensor holds cannot be told, or two tensors are said to be one.
     """
     owners: dict[object, str] = {}
     boxes: dict[tuple[Dims, Dims], tuple[Box, ...]] = {}
-    divided = _Divided(root)
+    divided = _Divided([module for module in root.modules() if _is_fully_sharded(module)])
     found: dict[str, Target] = {}
     for slot in slots(root):
         tensor = slot.tensor
@@ -178,8 +179,10 @@ def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict
 class _Divided:
     """Where the local memory of DTensors lies; equal ones are worked out once."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
+    def __init__(self, fully_sharded: list[Any]) -> None:
+        for module in fully_sharded:
+            module.reshard()
+        self._last = {id(p) for module in fully_sharded for p in module.parameters()}
         self._meshes: dict[Any, shards.Mesh | None] = {}
         self._known: dict[Any, tuple[tuple[Box, ...], tuple[int, ...]]] = {}
 
@@ -187,7 +190,7 @@ class _Divided:
         """The boxes and the replicas of a DTensor."""
         held = local(tensor)
         shape, spec = tuple(tensor.shape), tensor._spec
-        last = id(tensor) in self._fully_sharded
+        last = id(tensor) in self._last
         strides = held_strides(held)
         shard_order = getattr(spec, "shard_order", None)
         kind = (shape, spec.mesh, spec.placements, shard_order, held.shape, strides, last)
@@ -217,15 +220,11 @@ class _Divided:
                 self._meshes[mesh] = shards.Mesh(tuple(mesh.shape), tuple(coordinate), ranks)
         return self._meshes[mesh]
 
-    @cached_property
-    def _fully_sharded(self) -> frozenset[int]:
-        """The parameters that ``fully_shard`` divided, by identity."""
-        # Whoever called it has imported it.
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        if fsdp is None:
-            return frozenset()
-        modules = [each for each in self._root.modules() if isinstance(each, fsdp.FSDPModule)]
-        return frozenset(id(p) for module in modules for p in module.parameters())
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    # Whoever called fully_shard has imported it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _plain(key: str, tensor: Any, placement: Any) -> shards.Placement:
