@@ -50,8 +50,13 @@ class Pattern:
 
     def among(self, keys: Iterable[str]) -> Iterator[str]:
         """Those of ``keys`` that match, in their order; for many keys of which few do."""
-        end = self._literals[-1]
+        end = self.end
         return (key for key in keys if key.endswith(end) and self.match(key) is not None)
+
+    @property
+    def end(self) -> str:
+        """What every key that matches ends with."""
+        return self._literals[-1]
 
     @cached_property
     def _literals(self) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def plan(
             it.
     """
     skips = Skips(skip_prefixes)
-    sources = Sources(stored, names, spelled, skips)
+    sources = Sources(stored, names, spelled, skips, model.targets.values())
     decisions = Decisions(model, sources, names, skips, init, dtype)
     plans: dict[str, TargetPlan] = {}
     claims: list[Claim] = []

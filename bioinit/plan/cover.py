@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from bioinit.keys import SkipPrefix
 from bioinit.layout import Box, Dims, Overlap, intersect, numel
 from bioinit.mapping import Names, Placed
 from bioinit.plan.facts import Copy
+from bioinit.plan.wanted import wanted, without_use
 from bioinit.targets import Target
 
 
@@ -104,7 +105,7 @@ class Skips:
 
 
 class Sources:
-    """Every stored weight, placed in the canonical space once."""
+    """Stored weights, placed in the canonical space once: all, or those that can be asked for."""
 
     def __init__(
         self,
@@ -112,7 +113,9 @@ class Sources:
         names: Names,
         spelled: Callable[[str], str],
         skips: Skips,
+        targets: Collection[Target] | None = None,
     ) -> None:
+        """``targets`` are all that will be asked for, if that is known."""
         self.stored = stored
         self.spelled = spelled
         self.memory = names.memory
@@ -132,14 +135,21 @@ class Sources:
         self._shared: dict[tuple[Box, Dims, Dims, Dims], Overlap | None] = {}
         self._skip_by_canonical: dict[str, str] = {}
         converted = {name for c in names.conversions for name in c.sources}
+        asked = None if targets is None else wanted(targets, stored, names)
+        is_known = without_use(self.disk)
         for name, tensor in stored.items():
             if tensor.kind != "weight":
                 continue
             skip = skips.of(name, is_stored=True) if skips.hits else None
             if skip is not None:
                 self.skipped[name] = skip
-            if name not in converted:
-                self._place(name, tensor, skip)
+            if name in converted:
+                continue
+            if asked is not None and spelled(name) not in asked:
+                if is_known(spelled(name)):
+                    self._note_dropped(name, spelled(name))
+                continue
+            self._place(name, tensor, skip)
 
     def _place(self, name: str, tensor: StoredTensor, skip: str | None) -> None:
         spelled = self.spelled(name)
@@ -291,11 +301,14 @@ class Sources:
 
     def unused(self) -> list[str]:
         """Stored weights that no target wanted and no prefix skipped."""
+        used, skipped, dropped = self.used, self.skipped, self.dropped
         return [
             name
             for name, tensor in self.stored.items()
-            if tensor.kind == "weight"
-            and not any(name in known for known in (self.used, self.skipped, self.dropped))
+            if name not in used
+            and tensor.kind == "weight"
+            and name not in skipped
+            and name not in dropped
         ]
 
     def unused_parts(self, is_left: Callable[[str], bool]) -> dict[str, list[str]]:
