@@ -21,15 +21,18 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
 from bioinit.formats.protocol import StoredTensor
-from bioinit.layout import fold, numel, row_major
+from bioinit.layout import fold, row_major
+from bioinit.load.exchange import NOBODY, heeding, shared
 from bioinit.load.initial import Watching, own_random_state, reset_parameters
-from bioinit.load.parameters import FullySharded, is_finite, set_requires_grad
+from bioinit.load.parameters import FullySharded, counted, is_finite, set_requires_grad
 from bioinit.load.transfer import Job, Progress, Transfer
+from bioinit.load.twin import New, initialize_divided, knows, undivided
 from bioinit.mapping import Conversion
 from bioinit.plan import Copy, LoadPlan
+from bioinit.ranks import ALONE, World
 from bioinit.report import LoadReport, raise_for
 from bioinit.storage import File, worker_count
-from bioinit.targets import Slot, Target, local, slots
+from bioinit.targets import Slot, Target, is_divided, local, slots
 
 __all__ = ["execute", "reset_parameters"]
 
@@ -45,6 +48,9 @@ def execute(
     init: InitPolicy,
     device: torch.device,
     progress: Progress | None = None,
+    world: World = ALONE,
+    make_whole: Callable[[], nn.Module] | None = None,
+    parallel: bool = False,
 ) -> LoadReport:
     """Carry out ``plan`` on ``module``, in place.
 
@@ -58,6 +64,10 @@ def execute(
         init: the seed, what is trainable, and whether to look for NaN and Inf.
         device: where parameters that are on meta now will live.
         progress: is told the bytes as they arrive.
+        world: the ranks that load this model together.
+        make_whole: builds the model once more, undivided and on meta, for the first values of what
+            is divided; None if there is no constructor.
+        parallel: whether ranks that hold the same share the reading (see ``exchange``).
 
     Raises:
         PlanError: what only loading could find: stored duplicates that differ, values that are not
@@ -69,32 +79,41 @@ def execute(
     try:
         with collector.paused():
             work.materialize()
-        problems = work.initialize(backend, make, init.seed)
-        transfer = Transfer(files, worker_count(), device, progress)
+        problems = work.initialize(backend, make, make_whole, init.seed)
+        if parallel and world.size > 1:
+            work.share_reading(world)
+        transfer = Transfer(files, worker_count(), device, heeding(world, progress))
         work.fill(transfer, tensors)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         problems += work.compare(transfer)
+        work.exchange.carry_out(device)
+        _synchronize(device)
         if init.check_finite:
             problems += work.check_finite()
         raise_for(problems, "loading found")
+        set_requires_grad(work.by_key(), init)
+        # All ranks meet here once more: what one of them found wrong is wrong for all.
+        trainable, parameters = counted(work.by_key(), plan.described, world)
         work.adopt()
     except BaseException as error:
         work.restore(error)
         raise
-    set_requires_grad(work.by_key(), init)
-    parameters = work.parameters()
     return LoadReport(
         claims=plan.tensors,
         unused=plan.unused,
         problems=plan.problems,
         bytes_read=transfer.bytes_read,
         seconds=time.perf_counter() - started,
-        trainable=sum(size for parameter, size in parameters if parameter.requires_grad),
-        parameters=sum(size for _, size in parameters),
+        trainable=trainable,
+        parameters=parameters,
         document=plan.to_json,
         remarks=tuple(dict.fromkeys(remark for file in files for remark in file.remarks)),
     )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _Load:
@@ -109,6 +128,8 @@ class _Load:
         self._before: list[tuple[Slot, torch.Tensor]] = []
         self._made: set[str] = set()
         self._touched: list[str] = []
+        self._trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self.exchange = NOBODY
 
     def key(self, slot: str) -> str:
         """What the whole model calls the tensor that is ``slot`` in this process."""
@@ -122,14 +143,10 @@ class _Load:
         """The live tensors by the names of the whole model."""
         return {self.key(slot): tensor for slot, tensor in self.live.items()}
 
-    def parameters(self) -> list[tuple[nn.Parameter, int]]:
-        """Each parameter once, and how many elements the whole of it has."""
-        described = self.plan.described
-        return [
-            (tensor, numel(described[key].shape))
-            for key, tensor in self.by_key().items()
-            if isinstance(tensor, nn.Parameter) and described[key].tied_to is None
-        ]
+    def share_reading(self, world: World) -> None:
+        """Leave a part of what is read to the ranks that hold the same."""
+        memory = {key: self.held(key) for key in self.plan.targets}
+        self.exchange = shared(self.plan.targets, self.plan.described, memory, world)
 
     def materialize(self) -> None:
         """Give memory to what has none, once; shared tensors stay shared."""
@@ -161,32 +178,66 @@ class _Load:
         registry[slot.name] = tensor
 
     def initialize(
-        self, backend: Backend, make: Callable[[], nn.Module], seed: int
+        self,
+        backend: Backend,
+        make: Callable[[], nn.Module],
+        make_whole: Callable[[], nn.Module] | None,
+        seed: int,
     ) -> list[Problem]:
         """Run the architecture's initializer for what the plan does not load in full."""
-        new = {key for key in self._made if self._is_new(key)}
-        if not new:
-            return []
-        loaded = frozenset(self.live) - new
-        watch = Watching(self.live, loaded, seed)
-        with torch.no_grad(), own_random_state(self.device), watch:
-            values = backend.initialize(self.module, make, loaded, watch)
-        with torch.no_grad():
-            for key, value in values.items():
-                if key in new:
-                    self.live[key].copy_(value)
-                    watch.written.add(key)
+        new = {slot for slot in self._made if self._is_new(slot)}
+        divided = {slot for slot in new if is_divided(self.live[slot])}
+        written: set[str] = set()
+        if new - divided:
+            written |= self._initialize(new - divided, backend, make, seed)
+        if divided:
+            wholes = {
+                slot: New(tuple(tensor.shape), tensor.dtype)
+                for slot, tensor in self.live.items()
+                if slot in divided
+            }
+            with own_random_state(self.device):
+                whole = None if make_whole is None else make_whole()
+            # What divided the model may have renamed what is in it.
+            if whole is None or not knows(whole, wholes):
+                whole = undivided(self.module)
+            written |= initialize_divided(
+                wholes,
+                self.live.keys() - new,
+                whole,
+                lambda slot, value: self._put_in(self.plan.described[self.key(slot)], value),
+                backend=backend,
+                make=make,
+                seed=seed,
+                device=self.device,
+                room=sum(local(self.live[slot]).nbytes for slot in divided) // 4,
+            )
         return [
             Problem(
                 "uninitialized",
-                key,
-                f"nothing gives {key!r} its first value: the checkpoint does not have it, and no "
+                slot,
+                f"nothing gives {slot!r} its first value: the checkpoint does not have it, and no "
                 "initializer of the architecture wrote it.",
                 "Give its module a reset_parameters(), or load it.",
             )
-            for key in sorted(new - watch.written)
-            if self.live[key].numel()
+            for slot in sorted(new - written)
+            if self.live[slot].numel()
         ]
+
+    def _initialize(
+        self, new: set[str], backend: Backend, make: Callable[[], nn.Module], seed: int
+    ) -> set[str]:
+        """Where the tensors lie; which of them got a value is returned."""
+        loaded = frozenset(self.live) - new
+        watch = Watching(self.live, loaded, seed, self.key)
+        with torch.no_grad(), own_random_state(self.device), watch:
+            values = backend.initialize(self.module, make, loaded, watch)
+        with torch.no_grad():
+            for slot, value in values.items():
+                if slot in new:
+                    self.live[slot].copy_(value)
+                    watch.written.add(slot)
+        return watch.written
 
     def _is_new(self, slot: str) -> bool:
         planned = self.plan.targets.get(self.key(slot))
@@ -198,7 +249,8 @@ class _Load:
             converted = self._fill_runs(transfer)
         for conversion, keys in converted:
             self._touched.extend(keys)
-            self._convert(conversion, keys, transfer, stored)
+            if any(map(self.exchange.reads, keys)):
+                self._convert(conversion, keys, transfer, stored)
 
     def _fill_runs(self, transfer: Transfer) -> list[tuple[Conversion, list[str]]]:
         """Move everything that is a move; conversions are given back, with what they are for."""
@@ -214,7 +266,8 @@ class _Load:
                 # Whatever lies in no box is padding of the layout in this process.
                 if planned.padded or self.plan.described[key].held < tensor.numel():
                     tensor.zero_()
-                jobs.extend(Job(copy, tensor) for copy in planned.copies)
+                mine = self.exchange.mine(key, planned.copies)
+                jobs.extend(Job(copy, tensor) for copy in mine)
         transfer.move(jobs)
         return list(converted.values())
 
@@ -263,7 +316,8 @@ class _Load:
         for key, planned in self.plan.targets.items():
             for name, copies in planned.equal:
                 tensor = self.held(key)
-                if not transfer.same(Job(copy, tensor) for copy in copies):
+                mine = self.exchange.mine(key, copies)
+                if not transfer.same(Job(copy, tensor) for copy in mine):
                     found.append(
                         Problem(
                             "unequal",
@@ -301,6 +355,8 @@ class _Load:
                 slot.module._buffers if slot.is_buffer else slot.module._parameters
             )
             registry[slot.name] = tensor
+        for parameter, is_trained in self._trained:
+            parameter.requires_grad_(is_trained)
         made = set(map(self.key, self._made))
         changed = [key for key in self._touched if key not in made]
         if changed:

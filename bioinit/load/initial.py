@@ -18,14 +18,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bioinit.backends.protocol import Watch
+from bioinit.targets import local
 
 
 class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of an initializer. Implements ``backends.protocol.Watch``."""
 
     def __init__(
-        self, live: Mapping[str, torch.Tensor], protected: Collection[str], seed: int
+        self,
+        live: Mapping[str, torch.Tensor],
+        protected: Collection[str],
+        seed: int,
+        spelled: Callable[[str], str] = str,
     ) -> None:
+        """``spelled`` is what the whole model calls a tensor of ``live``: it names the seeds."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._keys: dict[tuple[str, int], str] = {}
         for key, tensor in live.items():
@@ -33,6 +39,7 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: list[torch.Tensor] = []  # an address is a name only while its tensor lives
         self._protected = frozenset(protected)
         self._seed = seed
+        self._spelled = spelled
         self._path = ""
         self._calls = 0
         self.written: set[str] = set()
@@ -57,7 +64,8 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
             self._calls += 1
             # A random tensor without a name gets one from the module and its place in the order.
-            torch.manual_seed(_seed(self._seed, key or f"{self._path}#{self._calls}"))
+            name = f"{self._path}#{self._calls}" if key is None else self._spelled(key)
+            torch.manual_seed(_seed(self._seed, name))
         return func(*args, **kwargs)
 
 
@@ -78,7 +86,7 @@ def _seed(seed: int, name: str) -> int:
 
 def _memory(tensor: torch.Tensor) -> tuple[str, int]:
     """What a tensor and all its views have in common."""
-    storage = tensor.untyped_storage()
+    storage = local(tensor).untyped_storage()
     return str(tensor.device), storage.data_ptr() or storage._cdata
 
 

@@ -16,8 +16,10 @@ from torch import nn
 
 from bioinit.config import InitPolicy
 from bioinit.keys import Pattern
+from bioinit.layout import numel
 from bioinit.load.memory import allocate
-from bioinit.targets import held_strides, is_divided, local
+from bioinit.ranks import World
+from bioinit.targets import Target, held_strides, is_divided, local
 
 
 class FullySharded:
@@ -116,3 +118,28 @@ def set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> Non
             parameter.requires_grad_(match(trainable, keys))
         if match(frozen, keys):
             parameter.requires_grad_(False)
+
+
+def counted(
+    live: Mapping[str, torch.Tensor], described: Mapping[str, Target], world: World
+) -> list[int]:
+    """How many elements of the whole model are trained, and how many there are, on every rank.
+
+    What several ranks hold is counted by the first of them.
+    """
+    counts = [0, 0]
+    for key, tensor in live.items():
+        target = described[key]
+        if not isinstance(tensor, nn.Parameter) or target.tied_to is not None:
+            continue
+        # A plain tensor of which nobody says who has it is the same everywhere.
+        alone = world.rank if is_divided(tensor) else 0
+        size = target.held if world.rank == (*target.replicas, alone)[0] else 0
+        if world.size == 1:
+            size = numel(target.shape)
+        counts = _added(counts, [size * tensor.requires_grad, size])
+    return world.united(counts, _added)
+
+
+def _added(some: list[int], more: list[int]) -> list[int]:
+    return [one + other for one, other in zip(some, more, strict=True)]
