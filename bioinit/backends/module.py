@@ -27,7 +27,7 @@ from bioinit.backends._registration import (
     registration_order,
     to_meta,
 )
-from bioinit.backends.protocol import Backend, Make, Watch
+from bioinit.backends.protocol import Backend, Make, Watch, built_class
 
 
 def build(make: Make) -> nn.Module:
@@ -77,7 +77,7 @@ def initialize(
 def describe_init(model: nn.Module, key: str) -> str | None:
     """For example ``the constructor of MyModel (Linear)``."""
     owner = model.get_submodule(key.rpartition(".")[0])
-    return f"the constructor of {type(model).__name__} ({type(owner).__name__})"
+    return f"the constructor of {built_class(model).__name__} ({built_class(owner).__name__})"
 
 
 def float32_keys(model: nn.Module, dtype: torch.dtype) -> frozenset[str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bioinit.backends.protocol import Backend, Make, Watch
+from bioinit.backends.protocol import Backend, Make, Watch, built_class
 from bioinit.errors import ConfigError
 from bioinit.layout import Dims
 from bioinit.mapping import Names
@@ -89,7 +89,7 @@ def describe_init(model: nn.Module, key: str) -> str | None:
         module = model.get_submodule(path)
         if isinstance(module, pretrained):
             rule = type(module)._init_weights.__qualname__
-            return f"{rule} on {type(owner).__name__}"
+            return f"{rule} on {built_class(owner).__name__}"
         if not path:
             return None
         path = path.rpartition(".")[0]

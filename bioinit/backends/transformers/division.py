@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from bioinit.backends.protocol import built_class
 from bioinit.backends.transformers import imported
 from bioinit.errors import ConfigError
-from bioinit.keys import suggestion
+from bioinit.keys import Pattern, suggestion
 
 _BY_HEADS = ("colwise", "packed_colwise")
 """Styles whose output stays divided: of a projection to queries, keys or values, by heads."""
@@ -46,6 +46,12 @@ def divide(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
     """
     parallel = imported("transformers.distributed.tensor_parallel")
     whole: Any = model
+    if not isinstance(model, imported().PreTrainedModel):
+        raise ConfigError(
+            f"{built_class(model).__name__} is not a model of transformers itself, so nobody says "
+            f"how it is divided (tp: {mesh.size()}). Pass initialize(..., parallelize=fn) with a "
+            "function that does it, or write strategy: fsdp2."
+        )
     styles = _below_body(whole, plan) if plan else dict(whole.tp_plan or {})
     if not styles:
         raise ConfigError(
@@ -55,6 +61,8 @@ def divide(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
         )
     _require_known(styles, parallel.ALL_PARALLEL_STYLES)
     expanded: dict[str, str] = whole._expand_parallel_plan(styles)
+    if plan:
+        _require_used(styles, expanded, built_class(model).__name__)
     ties = tuple(_ties(model))
     for tie in ties:
         _agree(tie, expanded)
@@ -83,6 +91,15 @@ def _require_known(plan: Mapping[str, str], known: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"the plan of tensor parallelism says {style!r} for {pattern}, and transformers "
                 f"{imported().__version__} has no such style. {suggestion(style, list(known))}"
+            )
+
+
+def _require_used(plan: Mapping[str, str], expanded: Mapping[str, str], kind: str) -> None:
+    for pattern in plan:
+        if not any(Pattern(pattern).match(name) is not None for name in expanded):
+            raise ConfigError(
+                f"the plan of tensor parallelism names {pattern}, which matches no module of "
+                f"{kind}. Correct the family's tensor_parallel."
             )
 
 
@@ -138,16 +155,19 @@ def _require_heads(
     """A rank computes whole heads; the forward of an attention cannot tell that it lacks a part."""
     config = getattr(attention, "config", config)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not any(hasattr(attention, word) for word in _HEADED):
+    size = next((getattr(attention, word) for word in _HEADED if hasattr(attention, word)), None)
+    heads = getattr(config, "num_attention_heads", None)
+    if size is None or not isinstance(heads, int):
         return
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, field, None)
-        if isinstance(heads, int) and heads % ranks:
-            raise ConfigError(
-                f"{name} has {module.out_features} rows of {heads} heads ({field}) along dim 0, "
-                f"which the {ranks} ranks of tp cannot share: {ranks} does not divide {heads}. "
-                f"{_SAFE}"
-            )
+    field = "num_attention_heads"
+    groups = getattr(config, "num_key_value_heads", None)
+    if isinstance(groups, int) and groups < heads and module.out_features == groups * size:
+        field, heads = "num_key_value_heads", groups
+    if heads % ranks:
+        raise ConfigError(
+            f"{name} has {module.out_features} rows of {heads} heads ({field}) along dim 0, which "
+            f"the {ranks} ranks of tp cannot share: {ranks} does not divide {heads}. {_SAFE}"
+        )
 
 
 _HEADED = ("head_dim", "head_size", "attention_head_size")
