@@ -8,6 +8,7 @@ cure, and nothing is read while there are problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
@@ -17,6 +18,7 @@ from bioinit.layout import numel
 from bioinit.mapping import Names
 from bioinit.plan.cover import Skips, Sources
 from bioinit.plan.decide import SKIP_LIST, Decisions, claim_of, dtype_name, shape_text
+from bioinit.plan.evidence import Evidence, unite
 from bioinit.plan.facts import (
     STAGING_BYTES,
     Copy,
@@ -35,10 +37,12 @@ __all__ = [
     "STAGING_BYTES",
     "Copy",
     "DtypeRule",
+    "Evidence",
     "LoadPlan",
     "Model",
     "TargetPlan",
     "plan",
+    "unite",
 ]
 
 
@@ -56,6 +60,7 @@ def plan(
     dtype: DtypeRule = "stored",
     notes: Sequence[str] = (),
     is_left: Callable[[str], bool] = _NOTHING.__contains__,
+    share: Callable[[Evidence], Evidence] | None = None,
 ) -> LoadPlan:
     """Claim every target of ``model``.
 
@@ -70,9 +75,12 @@ def plan(
         notes: sentences for people that the plan prints first.
         is_left: whether a canonical tensor is left out knowingly, so that nobody needs to hear of
             it.
+        share: what all ranks know, of what this one does; what is concluded from all claims is
+            concluded from theirs.
     """
     skips = Skips(skip_prefixes)
     sources = Sources(stored, names, spelled, skips, model.targets.values())
+    of_stored = dict(skips.hits)
     decisions = Decisions(model, sources, names, skips, init, dtype)
     plans: dict[str, TargetPlan] = {}
     claims: list[Claim] = []
@@ -97,11 +105,27 @@ def plan(
         else c
         for c in claims
     ]
-    unused = [*_unused(sources, is_left)]
+    said = Evidence(
+        tuple(claims),
+        sources.used,
+        sources.unused_parts(is_left),
+        () if share is None else sources.asked_of_many(),
+        tuple(decisions.problems),
+        tuple(decisions.lacking),
+        sources.misfits,
+        sources.padding,
+    )
+    if share is not None and (united := share(said)) is not said:
+        said, skips = united, _hits(united.claims, of_stored)
+        sources.used.update(said.used)
+    unused = [*_unused(sources, said.parts)]
+    if said.lacking:
+        said = _with_suggestions(said, [tensor.key for tensor in unused if not tensor.parts])
+        plans |= {c.key: plans[c.key]._replace(claim=c) for c in said.claims if c.key in plans}
     problems = [
-        *decisions.problems,
-        *_misfits(sources),
-        *_idle(skips, model, stored),
+        *said.problems,
+        *_misfits(said.misfits, stored),
+        *_idle(skips, said.claims, stored),
     ]
     if init.on_unused == "error":
         problems.extend(
@@ -118,10 +142,10 @@ def plan(
         )
     if sources.dropped:
         notes = (*notes, f"stored and not needed: {_by_kind(sources.dropped)}")
-    if sources.padding:
-        rows = ", ".join(f"{count} of {name}" for name, count in sources.padding.items())
+    if said.padding:
+        rows = ", ".join(f"{count} of {name}" for name, count in said.padding.items())
         notes = (*notes, f"rows beyond the vocabulary are left out: {rows}")
-    return _total(model.targets, plans, claims, unused, problems, skips, stored, notes)
+    return _total(model.targets, plans, said.claims, unused, problems, skips, stored, notes)
 
 
 _CURE_OF_PARTS = (
@@ -134,13 +158,32 @@ def _which(tensor: Unused) -> str:
     return f"of which {', '.join(tensor.folded)}" if tensor.parts else "which"
 
 
-def _unused(sources: Sources, is_left: Callable[[str], bool]) -> Iterator[Unused]:
+def _hits(claims: Iterable[Claim], of_stored: Mapping[str, int]) -> Skips:
+    """The skip prefixes, as they hit the stored names and the targets of ``claims``."""
+    skips = Skips(of_stored)
+    skips.hits.update(of_stored)
+    for claim in claims:
+        skips.of(claim.key, is_tied=claim.claim == "tied")
+    return skips
+
+
+def _unused(sources: Sources, parts: Mapping[str, Sequence[str]]) -> Iterator[Unused]:
     """Stored tensors that nobody wants, as a whole or in part."""
-    parts = sources.unused_parts(is_left)
-    whole = sources.unused()
-    for name in (*whole, *parts):
+    for name in (*sources.unused(), *parts):
         tensor = sources.stored[name]
         yield Unused(name, tensor.shape, dtype_name(tensor.dtype), tuple(parts.get(name, ())))
+
+
+def _with_suggestions(said: Evidence, unused: Sequence[str]) -> Evidence:
+    """Name the stored tensors that those which lack any may have meant."""
+    lacking = {key: suggestion(key, unused) for key in said.lacking}
+    problems = [
+        replace(p, message=f"{p.message} {lacking[p.key]}".strip()) if p.key in lacking else p
+        for p in said.problems
+    ]
+    rules = {p.key: p.message for p in problems if p.key in lacking}
+    claims = tuple(c._replace(rule=rules[c.key]) if c.key in rules else c for c in said.claims)
+    return said._replace(problems=tuple(problems), claims=claims)
 
 
 def _total(
@@ -197,9 +240,9 @@ def _by_kind(dropped: Mapping[str, str]) -> str:
     )
 
 
-def _misfits(sources: Sources) -> Iterable[Problem]:
-    for name, reason in sources.misfits.items():
-        shape = shape_text(sources.stored[name].shape)
+def _misfits(misfits: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> Iterable[Problem]:
+    for name, reason in misfits.items():
+        shape = shape_text(stored[name].shape)
         yield Problem(
             "mismatch",
             name,
@@ -208,11 +251,14 @@ def _misfits(sources: Sources) -> Iterable[Problem]:
         )
 
 
-def _idle(skips: Skips, model: Model, stored: Mapping[str, StoredTensor]) -> Iterable[Problem]:
+def _idle(
+    skips: Skips, claims: Sequence[Claim], stored: Mapping[str, StoredTensor]
+) -> Iterable[Problem]:
     """Prefixes that hit nothing, or nothing that can be skipped by itself."""
     for prefix, hits in skips.hits.items():
         if not hits:
-            heads = {".".join(k.split(".")[:n]) for k in (*model.targets, *stored) for n in (1, 2)}
+            keys = (*(claim.key for claim in claims), *stored)
+            heads = {".".join(k.split(".")[:n]) for k in keys for n in (1, 2)}
             yield Problem(
                 "prefix",
                 prefix,

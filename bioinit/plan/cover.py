@@ -324,6 +324,18 @@ class Sources:
                         found.setdefault(source.name, {})[key] = None
         return {name: list(keys) for name, keys in found.items()}
 
+    def asked_of_many(self) -> set[str]:
+        """Canonical tensors that targets wanted, of stored tensors that hold more than one."""
+        counts: dict[str, int] = {}
+        for sources in self._sources.values():
+            for name in {source.name for source in sources}:
+                counts[name] = counts.get(name, 0) + 1
+        return {
+            key
+            for key, sources in self._sources.items()
+            if key in self._asked and any(counts[source.name] > 1 for source in sources)
+        }
+
 
 def _whole(target: Target) -> Target:
     """``target`` as a process that has all of it describes it."""

@@ -10,7 +10,7 @@ import torch
 from bioinit.config import InitPolicy
 from bioinit.errors import MappingError, Problem
 from bioinit.formats.protocol import StoredTensor
-from bioinit.keys import Pattern, suggestion
+from bioinit.keys import Pattern
 from bioinit.layout import Dims, numel
 from bioinit.mapping import Conversion, Names
 from bioinit.plan.cover import Cover, Mismatch, Skips, Sources
@@ -37,6 +37,8 @@ class Decisions:
         self.init, self.dtype = init, dtype
         self.new = [Pattern(text) for text in init.new]
         self.problems: list[Problem] = []
+        self.lacking: list[str] = []
+        """Targets of which nothing is stored; similar names are suggested when all are known."""
         self._foreseen: dict[int, Mapping[str, torch.Tensor] | str | None] = {}
         self._common = _common_dtype(sources.stored)
 
@@ -212,11 +214,11 @@ class Decisions:
             )
         else:
             what = f"the checkpoint lacks {target.key!r} {shape_text(target.shape)}."
-            what += " " + suggestion(target.key, self.sources.unused())
+            self.lacking.append(target.key)
         return self._problem(
             target,
             "unclaimed",
-            what.strip(),
+            what,
             f"If it is new, name it in init.new or skip its prefix in {SKIP_LIST}; "
             "init.on_missing=init accepts whatever is missing.",
         )
