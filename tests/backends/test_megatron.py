@@ -520,6 +520,7 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, said):
         ("pipeline_model_parallel", {"num_layers": 3}, "num_layers=3 .* for pp"),
         ("expert_model_parallel", {"num_moe_experts": 3}, "num_moe_experts=3 .* for ep"),
         ("expert_model_parallel", {}, "has ep: 2, and this model has no experts"),
+        ("context_parallel", {}, "has cp: 2, and only Transformer Engine"),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused_by_its_name(monkeypatch, axis, fields, said):

@@ -90,6 +90,12 @@ def _check(given: Mapping[str, Any], ways: Mapping[str, int]) -> None:
         raise ConfigError(
             f"placement.mesh has ep: {ways['ep']}, and this model has no experts. Leave ep out."
         )
+    if ways["cp"] > 1:
+        raise ConfigError(
+            f"placement.mesh has cp: {ways['cp']}, and only Transformer Engine's attention divides "
+            "a sequence; models that are built here have Megatron's own. Leave cp out, or build "
+            "the model yourself and pass it to bioinit.load_weights."
+        )
     stages = ways["pp"] * ways["vpp"]
     for field, axis, into in (
         ("num_layers", "pp * vpp" if ways["vpp"] > 1 else "pp", stages),
