@@ -1,6 +1,7 @@
 """``python -m bioinit`` is the command ``bioinit``."""
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__" and sys.path and sys.path[0] in ("", os.getcwd()):
@@ -10,4 +11,8 @@ if __name__ == "__main__" and sys.path and sys.path[0] in ("", os.getcwd()):
 from bioinit.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun stops the others as soon as one has failed: they are on their way by themselves.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)

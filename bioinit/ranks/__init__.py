@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bioinit.errors import ConfigError
+from bioinit.ranks.failure import Failure
 from bioinit.ranks.line import Line
 from bioinit.ranks.meeting import meet, part, prefixed
 from bioinit.ranks.store import Store
@@ -89,6 +90,11 @@ class World:
             self._line.hosts = tuple(self.gathered(socket.gethostname()))
         return self._line.hosts
 
+    @property
+    def ended_by(self) -> Failure | None:
+        """What ended the work of all; None if nothing did, or if this rank does not know."""
+        return None if self._line is None else self._line.verdict
+
     def check(self) -> None:
         """Raise the error of another rank, if one has failed. Cheap; between any two steps."""
         if self._line is not None:
@@ -128,9 +134,11 @@ def together(device: str | None = None) -> Iterator[World]:
 
 
 @contextmanager
-def joined(store: Store, rank: int, size: int, prefix: str, pace: Pace = PACE) -> Iterator[World]:
+def joined(
+    store: Store, rank: int, size: int, prefix: str, pace: Pace | None = None
+) -> Iterator[World]:
     """The world of ``size`` ranks that share ``store``, under ``prefix``."""
-    line = Line(prefixed(store, prefix), rank, size, pace)
+    line = Line(prefixed(store, prefix), rank, size, pace or PACE)
     world = World(rank, size, line)
     token = _here.set(world)
     try:

@@ -54,6 +54,11 @@ class Line:
             self._watch.stop()
         self._part()
 
+    @property
+    def verdict(self) -> Failure | None:
+        """What ended the work of all, where something did."""
+        return self._watch.verdict
+
     def check(self) -> None:
         self._watch.check()
 
