@@ -21,8 +21,9 @@ from bioinit.backends.protocol import Backend, built_class
 from bioinit.config import Placement
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
+from bioinit.targets import Target, slots
 
-__all__ = ["AXES", "Sharing", "decided", "divide", "units"]
+__all__ = ["AXES", "Sharing", "decided", "divide", "replicated", "units"]
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "single": (),
@@ -137,6 +138,35 @@ def divide(module: nn.Module, sharing: Sharing, backend: Backend, plan: Mapping[
         apart = () if sharing.dtype is None else backend.float32_keys(module, sharing.dtype)
         for unit in units(module, apart):
             fully_shard(unit, mesh=fsdp)
+
+
+def replicated(
+    module: nn.Module, targets: Mapping[str, Target], sharing: Sharing
+) -> dict[str, Target]:
+    """``targets`` with every rank that holds the same, also along axes that a tensor knows not of.
+
+    Tensor parallelism leaves some parameters whole: FSDP2 divides them over its own axes, and every
+    rank of ``tp`` has the same part; without FSDP2 every rank has all of them.
+
+    Args:
+        module: after ``divide``.
+        targets: of ``module``, as ``describe`` gives them.
+        sharing: of ``module``, by torch's strategies.
+    """
+    everybody, width = tuple(range(math.prod(sharing.sizes))), sharing.size("tp")
+    meshes = {slot.key: getattr(slot.tensor, "device_mesh", None) for slot in slots(module)}
+
+    def holders(target: Target) -> tuple[int, ...]:
+        mesh = meshes[target.slot]
+        if mesh is None:
+            return everybody
+        if "tp" in mesh.mesh_dim_names or width == 1:
+            return target.replicas
+        # The axis tp is the innermost one.
+        groups = {rank // width for rank in target.replicas or (distributed.get_rank(),)}
+        return tuple(rank for rank in everybody if rank // width in groups)
+
+    return {key: target._replace(replicas=holders(target)) for key, target in targets.items()}
 
 
 def units(root: nn.Module, apart: Collection[str] = ()) -> Iterator[nn.Module]:

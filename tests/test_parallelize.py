@@ -15,7 +15,8 @@ from bioinit.backends import module as own
 from bioinit.backends import transformers as backend
 from bioinit.config import Placement
 from bioinit.errors import ConfigError
-from bioinit.parallelize import Sharing, decided, divide, units
+from bioinit.parallelize import Sharing, decided, divide, replicated, units
+from bioinit.targets import describe
 from tests.processes import together
 
 TORCH, MEGATRON = False, True
@@ -302,7 +303,7 @@ def divided(name, strategy, mesh):
     model = built(name)
     divide(model, sharing, backend.BACKEND, families.load(name).tensor_parallel)
     assert all(parameter.is_meta for parameter in model.parameters()), name
-    return model
+    return model, sharing
 
 
 def cells(root, meshes):
@@ -311,7 +312,7 @@ def cells(root, meshes):
     for name in MODELS:
         wanted = torch.load(root / f"{name}.pt")
         for strategy, mesh in meshes:
-            model = divided(name, strategy, mesh)
+            model, _ = divided(name, strategy, mesh)
             bioinit.load_weights(model, root / name)
             with torch.no_grad():
                 made = model.eval()(input_ids=IDS).logits
@@ -320,7 +321,7 @@ def cells(root, meshes):
 
 
 def facts(name, strategy):
-    model = divided(name, strategy, None)
+    model, _ = divided(name, strategy, None)
     parts = {key: p for key, p in model.named_parameters(remove_duplicate=False)}
     return {
         "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
@@ -332,6 +333,13 @@ def facts(name, strategy):
 def backend_kind(model):
     key = next(iter(model.state_dict()))
     return backend.describe_init(model, key), own.describe_init(model, key)
+
+
+def holders(name, strategy, mesh):
+    """Which ranks hold the same of each parameter, and what this rank holds."""
+    model, sharing = divided(name, strategy, mesh)
+    found = replicated(model, describe(model), sharing)
+    return {key: (target.replicas, target.boxes) for key, target in found.items()}
 
 
 def own_cell(root):
@@ -349,7 +357,15 @@ def two(root):
         "gpt_neox": facts("gpt_neox", "tp"),
         "fsdp2": facts("bert", "fsdp2"),
         "own": own_cell(root),
+        "held": [holders("llama", "tp", None), holders("bert", "fsdp2", None)],
     }
+
+
+def four(root, meshes):
+    held = [
+        holders("gpt_neox", *each) for each in (*meshes, ("fsdp2+tp", {"replicate": 2, "tp": 2}))
+    ]
+    return {"cells": cells(root, meshes), "held": held}
 
 
 @pytest.fixture(scope="module")
@@ -384,9 +400,29 @@ def test_rules_of_first_values_are_named_as_in_one_process(on_two):
     assert {each["fsdp2"]["kind"] for each in on_two} == {backend_kind(model)}
 
 
+def disagreeing(each_rank):
+    """Where ranks that are said to hold the same do not, or those that do are not named."""
+    for rank, mine in enumerate(each_rank):
+        for key, (ranks, boxes) in mine.items():
+            same = tuple(other for other, theirs in enumerate(each_rank) if theirs[key][1] == boxes)
+            if (ranks or (rank,)) != same:
+                yield rank, key, ranks, same
+
+
+@pytest.fixture(scope="module")
+def on_four(saved):
+    return together(4, four, saved, [("fsdp2+tp", {"tp": 2}), ("fsdp2", {"replicate": 2})])
+
+
 @pytest.mark.dist
-def test_models_divided_in_four_compute_what_the_whole_one_does(saved):
-    meshes = [("fsdp2+tp", {"tp": 2}), ("fsdp2", {"replicate": 2})]
-    for each in together(4, cells, saved, meshes):
-        assert {cell: error for cell, error in each.items() if error > LARGEST} == {}
-        assert len(each) == len(meshes) * len(MODELS)
+def test_models_divided_in_four_compute_what_the_whole_one_does(on_four):
+    for each in on_four:
+        assert {cell: error for cell, error in each["cells"].items() if error > LARGEST} == {}
+        assert len(each["cells"]) == 2 * len(MODELS)
+
+
+@pytest.mark.dist
+def test_ranks_that_hold_the_same_are_known(on_two, on_four):
+    for ranks in (on_two, on_four):
+        for each_rank in zip(*(each["held"] for each in ranks), strict=True):
+            assert list(disagreeing(each_rank)) == []
