@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bioinit import collector
 from bioinit.errors import Problem
 from bioinit.ranks import World
 from bioinit.report import Claim
@@ -36,28 +37,29 @@ class Evidence(NamedTuple):
     misfits: Mapping[str, str] = {}
     padding: Mapping[str, int] = {}
 
-    def merged(self, other: Evidence) -> Evidence:
-        """This and another rank's, of which this one's stands first."""
-        asked = {*self.asked, *other.asked}
-        claims = {claim.key: claim for claim in (*other.claims, *self.claims)}
-        order = _ordered([c.key for c in self.claims], [c.key for c in other.claims])
+    @classmethod
+    def of_all(cls, known: Sequence[Evidence]) -> Evidence:
+        """What several ranks know together; the first one's word goes where they differ."""
+        asked = {key for each in known for key in each.asked}
+        claims = {claim.key: claim for each in reversed(known) for claim in each.claims}
+        order = _ordered([claim.key for claim in each.claims] for each in known)
         parts: dict[str, Sequence[str]] = {}
-        for name in dict.fromkeys((*self.parts, *other.parts)):
-            both = dict.fromkeys((*self.parts.get(name, ()), *other.parts.get(name, ())))
-            left = [key for key in both if key not in asked]
-            if left:
-                parts[name] = left
-        place = {key: number for number, key in enumerate(order)}
-        problems = dict.fromkeys((*self.problems, *other.problems))
-        return Evidence(
+        for name in dict.fromkeys(name for each in known for name in each.parts):
+            left = dict.fromkeys(key for each in known for key in each.parts.get(name, ()))
+            kept = [key for key in left if key not in asked]
+            if kept:
+                parts[name] = kept
+        problems = dict.fromkeys(problem for each in known for problem in each.problems)
+        place = {key: number for number, key in enumerate(order)} if problems else {}
+        return cls(
             tuple(claims[key] for key in order),
-            {*self.used, *other.used},
+            {name for each in known for name in each.used},
             parts,
             asked,
             tuple(sorted(problems, key=lambda problem: place.get(problem.key, len(place)))),
-            tuple(dict.fromkeys((*self.lacking, *other.lacking))),
-            {**other.misfits, **self.misfits},
-            {**other.padding, **self.padding},
+            tuple(dict.fromkeys(key for each in known for key in each.lacking)),
+            {name: why for each in reversed(known) for name, why in each.misfits.items()},
+            {name: rows for each in reversed(known) for name, rows in each.padding.items()},
         )
 
     def to_plain(self) -> dict[str, Any]:
@@ -116,41 +118,42 @@ def unite(world: World, mine: Evidence) -> Evidence:
     first: dict[str, int] = world.united({digest: world.rank}, lambda low, high: high | low)
     if len(first) == 1:
         return mine
-    given = plain if first[digest] == world.rank else None
-    united = world.united(given, _merged)
-    assert united is not None
-    return Evidence.from_plain(united)
+    given = [plain] if first[digest] == world.rank else []
+    with collector.paused():
+        told = world.united(given, lambda low, high: low + high)
+        return Evidence.of_all([Evidence.from_plain(each) for each in told])
 
 
-def _merged(low: dict[str, Any] | None, high: dict[str, Any] | None) -> dict[str, Any] | None:
-    if low is None or high is None:
-        return low if high is None else high
-    return Evidence.from_plain(low).merged(Evidence.from_plain(high)).to_plain()
+class _Node(dict[str, "_Node"]):
+    """Segments of keys that follow a path; the empty one ends a key."""
 
 
-_Tree = dict[str, Any]
+def _ordered(lists: Iterable[Sequence[str]]) -> list[str]:
+    """Keys of all in the order of one state dict: numbers ascend, else each after its neighbor.
 
-
-def _ordered(low: Sequence[str], high: Sequence[str]) -> list[str]:
-    """Keys of both in the order of one state dict: numbers ascend, else each after its neighbor.
-
-    >>> _ordered(["embed.w", "layers.0.w", "layers.4.w"], ["layers.2.w", "norm.w"])
+    >>> _ordered([["embed.w", "layers.0.w", "layers.4.w"], ["layers.2.w", "norm.w"]])
     ['embed.w', 'layers.0.w', 'layers.2.w', 'layers.4.w', 'norm.w']
     """
-    return list(low) if low == high else [*_keys(_grafted(_tree(low), _tree(high)), "")]
+    whole = _Node()
+    for keys in lists:
+        _graft(whole, _tree(keys))
+    return [*_keys(whole, "")]
 
 
-def _tree(keys: Iterable[str]) -> _Tree:
-    root: _Tree = {}
+def _tree(keys: Iterable[str]) -> _Node:
+    root = _Node()
     for key in keys:
         node = root
         for segment in key.split("."):
-            node = node.setdefault(segment, {})
-        node[""] = {}
+            held = node.get(segment)
+            if held is None:
+                held = node[segment] = _Node()
+            node = held
+        node[""] = _Node()
     return root
 
 
-def _keys(tree: _Tree, path: str) -> Iterable[str]:
+def _keys(tree: _Node, path: str) -> Iterator[str]:
     for name, node in tree.items():
         if name:
             yield from _keys(node, f"{path}.{name}" if path else name)
@@ -158,20 +161,34 @@ def _keys(tree: _Tree, path: str) -> Iterable[str]:
             yield path
 
 
-def _grafted(low: _Tree, high: _Tree) -> _Tree:
-    names = list(low)
-    others = list(high)
-    for number, name in enumerate(others):
-        if name in low:
-            continue
-        before = next((n for n in reversed(others[:number]) if n in names), None)
-        after = next((n for n in others[number:] if n in low), None)
-        if before is not None:
-            names.insert(names.index(before) + 1, name)
-        elif after is not None:
-            names.insert(names.index(after), name)
+def _graft(whole: _Node, branch: _Node) -> None:
+    """Put what is new of ``branch`` where it belongs in ``whole``."""
+    new = [name for name in branch if name not in whole]
+    for name, node in branch.items():
+        if name in whole:
+            _graft(whole[name], node)
         else:
-            names.append(name)
-    if all(name.isdecimal() for name in names):
+            whole[name] = node
+    if not new or len(new) == len(whole):
+        return
+    names = list(whole)
+    if all(map(str.isdecimal, names)):
         names.sort(key=int)
-    return {name: _grafted(low.get(name, {}), high.get(name, {})) for name in names}
+    else:
+        names = names[: -len(new)]
+        _insert(names, list(branch))
+    held = dict(whole)
+    whole.clear()
+    whole.update((name, held[name]) for name in names)
+
+
+def _insert(names: list[str], others: Sequence[str]) -> None:
+    """Put each of ``others`` after the one before it, or before the first that is known."""
+    known = set(names)
+    first = next((names.index(name) for name in others if name in known), len(names))
+    for name in others:
+        if name in known:
+            first = names.index(name) + 1
+        else:
+            names.insert(first, name)
+            first += 1
