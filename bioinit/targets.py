@@ -114,6 +114,12 @@ def is_divided(tensor: torch.Tensor) -> bool:
     return kind not in (torch.Tensor, nn.Parameter) and hasattr(kind, "placements")
 
 
+def mesh_device(root: nn.Module) -> str | None:
+    """The kind of device that the tensors of ``root`` are divided over; None if none is."""
+    divided = (slot.tensor for slot in slots(root) if is_divided(slot.tensor))
+    return next((tensor.device_mesh.device_type for tensor in divided), None)  # type: ignore[attr-defined]
+
+
 _NOWHERE: Mapping[str, Located] = {}
 
 

@@ -19,7 +19,7 @@ from transformers.distributed.tensor_parallel import PackedColwiseParallel, Pack
 from bioinit.errors import ConfigError
 from bioinit.layout import numel, row_major
 from bioinit.shards import Mesh, Split, after_others, boxes, replicas
-from bioinit.targets import describe, local
+from bioinit.targets import describe, local, mesh_device
 
 
 def meshes_of(sizes):
@@ -326,3 +326,31 @@ def test_equal_parameters_share_what_was_worked_out():
         assert found["a"].boxes is found["b"].boxes
 
     of_each_rank(2, check)
+
+
+def test_fully_shard_may_divide_columns():
+    def check():
+        root = holder(whole_of((3, 8)))
+        fully_shard(root, mesh=mesh_of((4,), "dp"), shard_placement_fn=lambda parameter: Shard(1))
+        return assert_described(root, (3, 8))
+
+    assert [target.boxes[0].offsets for target in of_each_rank(4, check)] == [
+        (0, 0),
+        (0, 2),
+        (0, 4),
+        (0, 6),
+    ]
+
+
+def test_a_divided_module_says_on_what_kind_of_device():
+    def check():
+        root = nn.Module()
+        root.plain = nn.Parameter(torch.zeros(2))
+        assert mesh_device(root) is None
+        mesh = mesh_of((2,), "dp")
+        root.w = nn.Parameter(
+            distribute_tensor(whole_of((4,)), mesh, [Shard(0)], src_data_rank=None)
+        )
+        return mesh_device(root)
+
+    assert of_each_rank(2, check) == ["cpu", "cpu"]

@@ -24,6 +24,7 @@ from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
 from bioinit.save import save
 from bioinit.storage import require_free
+from bioinit.targets import mesh_device
 
 Progress = Callable[[int, int], None]
 """Told how many bytes have been read, and how many there are."""
@@ -143,7 +144,8 @@ def load_weights(
         mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``; a name
             that matches none of them stays as it is. Or a :class:`bioinit.Mapping` of rules and
             transforms, or a YAML file of rules.
-        device: where what is on meta will live; the CPU if None.
+        device: where what is on meta will live; if None, where the mesh is that it is divided over,
+            or else the CPU.
         progress: is told the bytes read so far and the bytes to read.
         **policy: fields of :class:`bioinit.InitPolicy`: ``on_missing="init"``, ``seed=1``, ...
 
@@ -156,7 +158,7 @@ def load_weights(
             f"skip_prefixes={skip_prefixes!r} is one text, and each of its letters would be a "
             f"prefix. Write a tuple: ({skip_prefixes!r},)."
         )
-    place = _present(None if device is None else str(device))
+    place = _present(mesh_device(module) if device is None else str(device))
     init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
     with open_checkpoint(path) as checkpoint:
         with collector.paused():
