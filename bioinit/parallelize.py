@@ -88,13 +88,13 @@ def decided(
     _require_devices(device, world_size)
     strategy = placement.strategy or _implied(placement.mesh, world_size, is_megatron)
     if placement.strategy is None and strategy == "single":
-        return Sharing("single", device=device.type, dtype=placement.dtype)
+        return Sharing("single", device=str(device), dtype=placement.dtype)
     _require_fitting(strategy, world_size, is_megatron)
     given = _by_name(strategy, placement.mesh)
     _require_axes(strategy, given)
     sizes = _completed(strategy, given, world_size)
     axes = tuple(axis for axis in AXES[strategy] if axis in sizes)
-    return Sharing(strategy, axes, tuple(sizes[a] for a in axes), device.type, placement.dtype)
+    return Sharing(strategy, axes, tuple(sizes[a] for a in axes), str(device), placement.dtype)
 
 
 def divide(module: nn.Module, sharing: Sharing, backend: Backend, plan: Mapping[str, str]) -> None:
@@ -130,7 +130,11 @@ def divide(module: nn.Module, sharing: Sharing, backend: Backend, plan: Mapping[
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(sharing.device, sharing.sizes, mesh_dim_names=sharing.axes)
+    device = torch.device(sharing.device)
+    if device.type == "cuda" and device.index is not None:
+        # A mesh takes the device of the local rank where nobody has chosen one.
+        torch.cuda.set_device(device)
+    mesh = init_device_mesh(device.type, sharing.sizes, mesh_dim_names=sharing.axes)
     if divides_tensors and backend.divide is not None:
         backend.divide(module, mesh["tp"], plan)
     if shards:

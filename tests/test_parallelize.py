@@ -81,7 +81,7 @@ def test_more_processes_than_gpus_is_an_error_unless_they_are_told_to_share_one(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="4 processes on this host, which has 2"):
         decided(Placement(), 8, "cuda")
-    assert decided(Placement(), 8, "cuda:0").device == "cuda"
+    assert decided(Placement(), 8, "cuda:0").device == "cuda:0"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert decided(Placement(), 8, "cuda").strategy == "ddp"
 
