@@ -114,9 +114,11 @@ class Backend:
     """Divides a module on meta over a mesh of one axis for tensor parallelism, by the plan that its
     architecture has, or by the one given if that is not empty: module patterns to styles."""
 
-    saved_names: Callable[[nn.Module, Mapping[str, Dims]], Mapping[str, str] | None] = _as_they_are
+    saved_names: Callable[[nn.Module, Mapping[str, Dims]], Mapping[str, str] | None] | None = (
+        _as_they_are
+    )
     """What ``save`` calls each tensor of these keys and shapes that it writes; None where it would
-    convert some of them, and so must have them whole."""
+    convert some of them, and so must have them whole. Not given where it writes nothing at all."""
 
     save_beside: Callable[[nn.Module, Path], None] = _nothing_beside
     """Writes what ``save`` writes, but for the weights."""

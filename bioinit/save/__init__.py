@@ -23,10 +23,10 @@ from bioinit.record import Origin, save_context
 from bioinit.report import dumps
 from bioinit.save.across import Across
 from bioinit.save.folder import common_folder
-from bioinit.save.plain import Plain
+from bioinit.save.plain import Plain, names_for
 from bioinit.save.writing import write_weights
 from bioinit.storage import File, Folder, Journal, worker_count
-from bioinit.targets import is_divided
+from bioinit.targets import describe, is_divided
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -83,8 +83,8 @@ def save(
         ConfigError: it has no word for a field of the config.
     """
     located = backend.located(model)
-    if across is None and world.size > 1 and (located or _is_divided(model)):
-        across = Plain(backend, files=carried or {}, homes=tuple(homes))
+    if world.size > 1:
+        across = _among_ranks(across, model, backend, bool(located), homes, carried or {})
     document: dict[str, Any] = {}
     with common_folder(path, world, overwrite=overwrite, keep=keep) as folder:
         if not world.rank:
@@ -102,18 +102,36 @@ def save(
                 parts = world.gathered({name: _digest(folder / name) for name in mine})
                 known = {name: digest for part in parts for name, digest in part.items()}
             if not world.rank:
-                if (across.to, across.format) == BY_BACKENDS:
+                as_one = (across.to, across.format) == BY_BACKENDS and backend.saved_names
+                if as_one or isinstance(across, Plain):
                     backend.save_beside(model, folder)
                 carry(folder, side.homes, side.copied)
                 output = {"dialect": across.to, "format": across.format}
-                document = with_receipt(folder, {**receipt, "output": output}, known)
+                told = receipt if as_one else {**receipt, "output": output}
+                document = with_receipt(folder, told, known)
     # When this is known, the folder has its name.
     added = world.gathered({name: document[name] for name in _ADDED if name in document})[0]
     return {**receipt, **added}
 
 
-def _is_divided(model: nn.Module) -> bool:
-    return any(map(is_divided, (*model.parameters(), *model.buffers())))
+def _among_ranks(
+    across: Across | Plain | None,
+    model: nn.Module,
+    backend: Backend,
+    is_located: bool,
+    homes: Sequence[Folder],
+    carried: Mapping[str, File],
+) -> Across | Plain | None:
+    """Who writes a model of many ranks, so that it is spelled as one process spells it."""
+    if across is None:
+        if not is_located and not any(map(is_divided, (*model.parameters(), *model.buffers()))):
+            return None
+        return Plain(backend, files=carried, homes=tuple(homes))
+    if isinstance(across, Across) and (across.to, across.format) == BY_BACKENDS and not is_located:
+        owned = (t for t in describe(model).values() if t.persistent and t.tied_to is None)
+        if names_for(backend, model, {target.key: target.shape for target in owned}) is not None:
+            return Plain(backend, files=across.files, homes=across.homes)
+    return across
 
 
 def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bioinit.errors import StorageError
+from bioinit.errors import BioinitError, StorageError
 from bioinit.ranks import World
 from bioinit.storage import atomic_folder
+
+_SAYING_WHY = 15.0
+"""Seconds from a folder that is gone to the word of who removed it."""
 
 
 @contextmanager
@@ -21,7 +25,7 @@ def common_folder(
 
     All ranks call it; it has its name when the first one comes out. The block must end with all
     ranks having heard of one another, so that no one is still writing when it is renamed. If a rank
-    fails, each removes the folder when it has stopped writing, so the last one leaves nothing.
+    fails, each that hears of it removes the folder when it has stopped writing.
 
     Raises:
         StorageError: as :func:`~bioinit.storage.atomic_folder` does; or a rank does not see what
@@ -30,6 +34,7 @@ def common_folder(
     if not world.rank:
         with atomic_folder(path, overwrite=overwrite, keep=keep) as folder:
             world.gathered(str(folder))
+            world.gathered(None)  # all have seen it
             yield folder
         return
     folder = Path(world.gathered("")[0])
@@ -38,9 +43,26 @@ def common_folder(
             f"cannot write {path}: rank 0 made {folder} there, and {socket.gethostname()} sees no "
             "such folder. Choose a place on a file system that all machines share."
         )
+    world.gathered(None)
     try:
         yield folder
     except BaseException:
+        _hear(world, folder)
+        raise
+
+
+def _hear(world: World, folder: Path) -> None:
+    """Raise what another rank failed with, if it did, and leave nothing of what was written since.
+
+    Where this rank is the first to fail, the others do not know of it yet: they must not find the
+    folder gone. Where it is gone already, the first rank has failed, and is about to say why.
+    """
+    end = time.monotonic() + (0.0 if folder.is_dir() else _SAYING_WHY)
+    try:
+        world.check()
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            world.check()
+    except BioinitError:
         shutil.rmtree(folder, ignore_errors=True)
-        world.check()  # a folder that another rank took away is not what went wrong
         raise

@@ -12,6 +12,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
 from bioinit.errors import ConfigError, Problem
 from bioinit.families.protocol import Written
+from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
 from bioinit.plan import LoadPlan, Model
@@ -52,7 +53,8 @@ class Plain:
         Raises:
             ConfigError: the backend would convert them.
         """
-        names = self.backend.saved_names(model, {k: t.shape for k, t in shares.stored.items()})
+        shapes = {key: tensor.shape for key, tensor in shares.stored.items()}
+        names = names_for(self.backend, model, shapes)
         if names is None:
             raise ConfigError(
                 f"{type(model).__name__} is divided among processes, and what transformers writes "
@@ -72,3 +74,10 @@ class Plain:
     def not_zero(self, name: str) -> Problem:
         """Nothing is left out for being zero."""
         raise NotImplementedError
+
+
+def names_for(
+    backend: Backend, model: nn.Module, shapes: Mapping[str, Dims]
+) -> Mapping[str, str] | None:
+    """What ``backend`` calls tensors of ``shapes`` on disk; None where it writes others."""
+    return None if backend.saved_names is None else backend.saved_names(model, shapes)

@@ -167,4 +167,5 @@ BACKEND = Backend(
     remember=remember,
     save=save,
     located=located,
+    saved_names=None,
 )
