@@ -113,7 +113,8 @@ def say(message: str) -> None:
     """A line for people, on stderr."""
     from bioinit.report import printable_lines
 
-    print(f"bioinit: {printable_lines(message)}", file=sys.stderr)
+    # In one piece: other processes may be writing to the same place.
+    print(f"bioinit: {printable_lines(message)}\n", end="", file=sys.stderr, flush=True)
 
 
 def print_json(document: Any) -> None:
