@@ -11,7 +11,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from bioinit.ranks.failure import ECHO, Failure
@@ -52,7 +52,9 @@ class Line:
                 raise
         finally:
             self._watch.stop()
-        self._part()
+        # All are through. That the store ends with the process that held it harms nobody now.
+        with suppress(RuntimeError):
+            self._part()
 
     @property
     def verdict(self) -> Failure | None:
@@ -105,10 +107,13 @@ class Line:
 
     def _forget(self, key: str) -> None:
         with self._reaching():
-            number = 1
-            while self._store.delete_key(f"{key}/{number}"):
-                number += 1
-            self._store.delete_key(key)
+            self._delete(key)
+
+    def _delete(self, key: str) -> None:
+        number = 1
+        while self._store.delete_key(f"{key}/{number}"):
+            number += 1
+        self._store.delete_key(key)
         self.operations += number + 1
 
     def _set(self, key: str, value: bytes) -> None:
@@ -153,7 +158,7 @@ class Line:
             time.sleep(0.001)
             gone = self._store.add("gone", 0)
         if not self.rank and gone == self.size:
-            self._forget(f"down/{self._turn}")
+            self._delete(f"down/{self._turn}")
             beats = (f"beat/{rank}" for rank in range(self.size))
             for key in (*beats, "done", "over", "gone", "failures"):
                 self._store.delete_key(key)
