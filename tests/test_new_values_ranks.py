@@ -20,11 +20,11 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import InitPolicy
 from bioinit.errors import PlanError
 from bioinit.families import open_checkpoint
-from bioinit.load import execute, reset_parameters
+from bioinit.load import execute, reset_parameters, twin
 from bioinit.mapping import Mapping, Names
 from bioinit.plan import Model, plan
 from bioinit.ranks import ALONE
-from bioinit.targets import describe
+from bioinit.targets import describe, is_divided, local
 from tests.processes import together
 
 pytestmark = pytest.mark.dist
@@ -77,10 +77,6 @@ class Start:
         return module
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def compare(name: str, start: Start, divide, world) -> None:
     alone = start.carry_out()
     counted = start.report
@@ -91,12 +87,17 @@ def compare(name: str, start: Start, divide, world) -> None:
     ), name
     expected = {**dict(alone.named_parameters()), **dict(alone.named_buffers())}
     got = {**dict(divided.named_parameters()), **dict(divided.named_buffers())}
+    targets = describe(divided)
     assert got.keys() == expected.keys()
-    assert any(hasattr(tensor, "full_tensor") for tensor in got.values()), f"{name}: not divided"
+    assert any(map(is_divided, got.values())), f"{name}: not divided"
     for key, tensor in got.items():
-        there = whole(tensor.detach())
-        assert there.dtype == expected[key].dtype, (name, key)
-        assert torch.equal(there, expected[key]), (name, key)
+        memory = local(tensor.detach())
+        assert memory.dtype == expected[key].dtype, (name, key)
+        for box in targets[key].boxes:
+            start = memory.storage_offset() + box.start
+            ends = map(sum, zip(box.offsets, box.sizes, strict=True))
+            there = expected[key][tuple(map(slice, box.offsets, ends))]
+            assert torch.equal(memory.as_strided(box.sizes, box.strides, start), there), (name, key)
 
 
 # -- models
@@ -181,6 +182,7 @@ def starts() -> dict[str, Start]:
     rows = torch.randn(7, 6)
     return {
         "esm2 with a new head": Start(esm2, TRANSFORMERS, torso),
+        "esm2 without its constructor": Start(esm2, TRANSFORMERS, torso, again=False),
         "esm2 in half": Start(esm2, TRANSFORMERS, torso, dtype=torch.bfloat16),
         "llama from nothing": Start(lambda: llama(False), TRANSFORMERS),
         "llama from nothing, tied": Start(lambda: llama(True), TRANSFORMERS),
@@ -260,6 +262,7 @@ def four_ranks() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     twice = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    four = init_device_mesh("cpu", (4,))
 
     def by_both(module: nn.Module) -> None:
         by_tensor(twice["tp"])(module)
@@ -268,14 +271,11 @@ def four_ranks() -> None:
     with ranks.together() as world:
         for name, start in starts().items():
             compare(f"{name}, hsdp", start, by_fsdp2(twice), world)
-            if name != "by reset_parameters, without the constructor":
-                compare(f"{name}, fsdp2 on 4", start, by_fsdp2(four()), world)
-
-
-def four():
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (4,))
+            compare(f"{name}, fsdp2 and tp", start, by_both, world)
+            # A module at a time, however small all of them are.
+            twin.WHOLE_BYTES, was = 1, twin.WHOLE_BYTES
+            compare(f"{name}, fsdp2 on 4", start, by_fsdp2(four), world)
+            twin.WHOLE_BYTES = was
 
 
 @pytest.mark.parametrize("size", [2, 4])

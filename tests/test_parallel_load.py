@@ -14,7 +14,7 @@ from torch import nn
 from bioinit import ranks
 from bioinit.backends.module import BACKEND
 from bioinit.config import InitPolicy
-from bioinit.errors import StorageError
+from bioinit.errors import PlanError, StorageError
 from bioinit.families import open_checkpoint
 from bioinit.layout import Overlap
 from bioinit.load import exchange, execute
@@ -107,6 +107,19 @@ def test_reading_is_shared_where_replicas_sit_on_different_hosts(mode, replicas,
     assert not is_worth_it(mode, targets, ALONE)
 
 
+def test_a_group_is_made_once_for_as_long_as_it_lives():
+    if torch.distributed.is_initialized():
+        pytest.skip("this process has a world of its own")
+    found = []
+    for _ in range(2):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        found += [exchange._group((0,), torch.device("cpu")) for _ in range(2)]
+        torch.distributed.destroy_process_group()
+    assert found[0] is found[1] and found[2] is found[3]
+    assert found[0] is not found[2]
+
+
 # -- in several processes
 
 
@@ -159,10 +172,11 @@ def load(folder, module, replicas, world, parallel=True, **policy):
         targets = describe(module)
         if replicas:
             targets = {key: each._replace(replicas=replicas) for key, each in targets.items()}
+        made = (MADE,) if "made" in targets else ()
         planned = plan(
             Model(targets, lambda key: "nothing"),
             checkpoint.tensors,
-            Names(Mapping.identity(), Mapping.identity(), (MADE,)),
+            Names(Mapping.identity(), Mapping.identity(), made),
             init=InitPolicy(**policy),
             dtype="module",
         )
@@ -230,7 +244,31 @@ def two_ranks(folder):
         assert exchange._groups == groups and len(groups) == 1
         report = load(folder, on_meta(), (0, 1), world, parallel=False)
         found["off"] = report.bytes_read / whole
+    one_hears_of_duplicates()
     return found | one_fails(folder)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(600, 16)
+        self.head = nn.Linear(16, 600, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def one_hears_of_duplicates():
+    """Each compares what it reads, and what one of them finds is wrong for both."""
+    for at in (0, 599):
+        weight = torch.randn(600, 16)
+        other = weight.clone()
+        other[at] += 1
+        with tempfile.TemporaryDirectory() as folder:
+            state = {"embed.weight": weight, "head.weight": other}
+            save_file(state, Path(folder) / "model.safetensors")
+            module = BACKEND.build(Tied)
+            with pytest.raises(PlanError, match="the copies differ"), ranks.together() as world:
+                load(folder, module, (0, 1), world)
+        assert module.embed.weight.is_meta
 
 
 def one_fails(folder):

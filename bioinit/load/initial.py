@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bioinit.backends.protocol import Watch
 from bioinit.targets import local
@@ -41,11 +42,14 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seed = seed
         self._spelled = spelled
         self._path = ""
-        self._calls = 0
+        self._draws: dict[str, int] = {}
+        self._made_for = WeakTensorKeyDictionary()
+        """The key of the tensor that a nameless one was computed from."""
         self.written: set[str] = set()
 
     def entering(self, path: str) -> None:
-        self._path, self._calls = path, 0
+        self._path = path
+        self._draws[""] = 0
 
     def stands_for(self, tensor: torch.Tensor, key: str) -> None:
         self._kept.append(tensor)
@@ -61,12 +65,36 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key in self._protected:
                 return target
             self.written.add(key)
+        about = key or next(filter(None, map(self._about, _tensors(args))), None)
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
-            self._calls += 1
-            # A random tensor without a name gets one from the module and its place in the order.
-            name = f"{self._path}#{self._calls}" if key is None else self._spelled(key)
-            torch.manual_seed(_seed(self._seed, name))
-        return func(*args, **kwargs)
+            if about is None and target is not None and target.is_meta:
+                return func(*args, **kwargs)
+            torch.manual_seed(_seed(self._seed, self._name(key, about)))
+        made = func(*args, **kwargs)
+        if about is not None and key is None:
+            for tensor in _tensors((made,)):
+                self._made_for[tensor] = about
+        return made
+
+    def _about(self, tensor: torch.Tensor) -> str | None:
+        """The key of ``tensor``, or of the one that it was computed from."""
+        named = self._keys.get(_memory(tensor))
+        if named is None and tensor in self._made_for:
+            named = self._made_for[tensor]
+        return named
+
+    def _name(self, key: str | None, about: str | None) -> str:
+        """Of what is drawn into ``key``, or into a tensor without a name.
+
+        That one is called by what it was computed from, or else by the module and its place in the
+        order. What is drawn for other tensors has no say in it: they may be loaded, or be on meta,
+        and many an initializer draws nothing for those.
+        """
+        if key is not None:
+            return self._spelled(key)
+        self._draws[about or ""] = self._draws.get(about or "", 0) + 1
+        named = self._path if about is None else f"{self._spelled(about)}:"
+        return f"{named}#{self._draws[about or '']}"
 
 
 @contextmanager
@@ -98,6 +126,14 @@ def _written_argument(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
             if isinstance(value, torch.Tensor):
                 return value
     return None
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for argument in args:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(tuple(argument))
 
 
 def reset_parameters(

@@ -7,6 +7,7 @@ that it need not move the parameter into memory of its own at the first forward.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -122,23 +123,32 @@ def set_requires_grad(live: Mapping[str, torch.Tensor], init: InitPolicy) -> Non
 
 def counted(
     live: Mapping[str, torch.Tensor], described: Mapping[str, Target], world: World
-) -> list[int]:
-    """How many elements of the whole model are trained, and how many there are, on every rank.
+) -> tuple[int, int]:
+    """How many elements of the whole model are trained, and how many there are, on every rank."""
+    owned = [
+        (described[key], tensor.requires_grad)
+        for key, tensor in live.items()
+        if isinstance(tensor, nn.Parameter) and described[key].tied_to is None
+    ]
+    sizes = [(numel(target.shape), is_trained) for target, is_trained in owned]
+    names = "\n".join(f"{target.key} {target.shape} {trained}" for target, trained in owned)
+    said = world.united(hashlib.sha256(names.encode()).hexdigest(), _agreed)
+    if not said:
+        # Some have parameters that others lack: each counts those that it is the first to have.
+        sizes = [
+            (
+                target.held if world.rank in target.replicas[:1] or not target.replicas else 0,
+                trained,
+            )
+            for target, trained in owned
+        ]
+    counts = [sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)]
+    trained, total = counts if said else world.united(counts, _added)
+    return trained, total
 
-    What several ranks hold is counted by the first of them.
-    """
-    counts = [0, 0]
-    for key, tensor in live.items():
-        target = described[key]
-        if not isinstance(tensor, nn.Parameter) or target.tied_to is not None:
-            continue
-        # A plain tensor of which nobody says who has it is the same everywhere.
-        alone = world.rank if is_divided(tensor) else 0
-        size = target.held if world.rank == (*target.replicas, alone)[0] else 0
-        if world.size == 1:
-            size = numel(target.shape)
-        counts = _added(counts, [size * tensor.requires_grad, size])
-    return world.united(counts, _added)
+
+def _agreed(some: str, other: str) -> str:
+    return some if some == other else ""
 
 
 def _added(some: list[int], more: list[int]) -> list[int]:
