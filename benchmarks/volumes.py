@@ -1,4 +1,4 @@
-"""How many bytes a start moves, by the formulas of ``docs/scale.md``; run it for the table there."""
+"""How many bytes a start moves, by the formulas of ``docs/scale.md``; prints the table there."""
 
 from __future__ import annotations
 

@@ -152,3 +152,60 @@ def test_a_part_of_a_model_is_planned_as_if_everything_had_been_placed(placed):
     assert each.claim.sources == ("old.7.w",) and [name for name, _ in each.equal] == ["h.7.w"]
     assert [tensor.key for tensor in made.unused] == [n for n in names[:-1] if ".7." not in n]
     assert made.notes == ("stored and not needed: h.1.freq (it is computed)",)
+
+
+def read_by_this_rank(path, layout):
+    """Bytes that loading a divided model reads from files; bytes of its shards."""
+    import divided
+    import once
+    import transformers
+
+    import bioinit
+
+    torch.set_num_threads(1)
+    config = transformers.AutoConfig.from_pretrained(path)
+    found = {}
+    for name in (layout, layout):  # the first load also reads what Python imports
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        divided.LAYOUTS[name](model, 2)
+        before = once.io()["rchar"]
+        bioinit.load_weights(model, path)
+        found[name] = once.io()["rchar"] - before, sum(t.nbytes for t in divided.shards(model))
+    return found[layout]
+
+
+def read_by_layouts(path):
+    return {layout: read_by_this_rank(path, layout) for layout in ("rows", "columns")}
+
+
+@pytest.mark.dist
+def test_two_ranks_read_what_the_formulas_say(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from volumes import Start
+
+    from tests.processes import together
+
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    said = {
+        "rows": Start(stored=stored, columns=0, tensors=39, files=1, claims=39, tp=2),
+        "columns": Start(stored=stored, columns=1, tensors=39, files=1, claims=39, tp=2),
+    }
+    headers = (tmp_path / "model.safetensors").stat().st_size - stored + 20_000
+    for found in together(2, read_by_layouts, str(tmp_path)):
+        for layout, (read, held) in found.items():
+            expected = said[layout].held * said[layout].amplification
+            assert held == pytest.approx(said[layout].held, rel=0.02)
+            assert expected * 0.98 <= read <= expected * 1.02 + headers
