@@ -156,15 +156,13 @@ def megatron_tensors(giant: Giant) -> Iterator[Cut]:
     yield "output_layer.weight", (giant.vocab, hidden), 0, 0, 1
 
 
-def torch_dist(folder: Path, giant: Giant, tp: int, written: range) -> dict[str, int]:
-    """Write index, item headers of the layers ``written``, and lengths.
+def torch_dist(folder: Path, giant: Giant, tp: int) -> dict[str, int]:
+    """Write index, item headers and lengths.
 
-    Every item takes two blocks of the disk where its header is written, so a million of them is
-    gigabytes; of the other layers nothing but the index exists.
+    Every item takes two blocks of the disk for its header.
     """
     import torch
     from indices import CONFIG, Files
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,
@@ -182,36 +180,15 @@ def torch_dist(folder: Path, giant: Giant, tp: int, written: range) -> dict[str,
         for rank, at, sizes in _chunks(shape, stacked, dim, parts, tp):
             listed.append(ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)))
             index = MetadataIndex(name, torch.Size(at), index=len(listed) - 1)
-            if not stacked or at[0] in written:
-                places[index] = files.add(rank, sizes, torch.bfloat16)
-            else:
-                places[index] = _reserved(files, rank, sizes)
+            places[index] = files.add(rank, sizes, torch.bfloat16)
         described[name] = TensorStorageMetadata(properties, torch.Size(shape), listed)
-    for name, stream in files.streams.items():
-        stream.truncate(files.ends[name])
     files.close()
     raw = pickle.dumps(Metadata(described, None, places, StorageMeta(), "1.0.0"))
     (folder / ".metadata").write_bytes(raw)
     torch.save({"iteration": 1000, "checkpoint_version": 3.0}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(CONFIG))
     (folder / "config.json").write_text(json.dumps(config(giant)))
-    assert all(isinstance(place, _StorageInfo) for place in places.values())
     return {"tensors": len(described), "chunks": len(places), "index_bytes": len(raw)}
-
-
-def _reserved(files: object, rank: int, sizes: tuple[int, ...]) -> object:
-    """The place of an item that is a hole altogether."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    files.count += 1
-    name = f"__{rank}_{files.count % 2}.distcp"
-    if name not in files.streams:
-        files.streams[name] = open(files.folder / name, "wb")
-    length = files._ends(sizes, torch.bfloat16)[2]
-    begin = files.ends.get(name, 0)
-    files.ends[name] = begin + length
-    return _StorageInfo(name, begin, length)
 
 
 def _chunks(

@@ -1,6 +1,6 @@
 """Planning for one rank of thousands, in one process and without a cluster.
 
-    python benchmarks/scale.py                       # rank 1500 of 4096: safetensors and torch_dist
+    python benchmarks/scale.py                       # rank 1500 of 4096; torch_dist: 8 layers
     python benchmarks/scale.py --only safetensors --profile
 
 A checkpoint of 1.4 trillion parameters (``giant.py``) is opened, and one rank of TP 8, PP 16, EP 8,
@@ -28,6 +28,9 @@ import torch
 from giant import Giant
 
 TP, PP, EP, DP = 8, 16, 8, 4
+STACKED = Giant(layers=8)
+"""What is written as ``torch_dist``: each chunk has a header, and a million take gigabytes."""
+
 GOAL_SECONDS, GOAL_BYTES = 3.0, 500 * 10**6
 
 
@@ -157,7 +160,12 @@ def once(folder: str, rank: int, profile: bool, tolerant: bool = True) -> dict[s
         small = Path(scratch) / "small"
         giant.safetensors(small, giant.SMALL)
         planned(small, targets_of(giant.SMALL, Place(0, 0, 0), 2, 2, 2))
-    targets = targets_of(Giant(), place)
+    is_stacked = Path(folder).name == "torch_dist"
+    targets = (
+        targets_of(STACKED, place._replace(stage=0), pp=1)
+        if is_stacked
+        else targets_of(Giant(), place)
+    )
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before = resident("VmRSS")
     begin, used = time.perf_counter(), time.process_time()
@@ -209,15 +217,13 @@ def main() -> None:
     if chosen.once:
         print(json.dumps(once(chosen.once, chosen.rank, chosen.profile)))
         return
-    layers = Giant().layers // PP
-    first = place_of(chosen.rank).stage * layers
     for name in chosen.only.split(","):
         folder = chosen.work / name
         if not (folder / "config.json").exists():
             if name == "safetensors":
                 giant.safetensors(folder, Giant())
             else:
-                giant.torch_dist(folder, Giant(), TP, range(first, first + layers))
+                giant.torch_dist(folder, STACKED, TP)
         rounds = []
         for _ in range(chosen.rounds):
             command = [sys.executable, __file__, "--once", str(folder), "--rank", str(chosen.rank)]
