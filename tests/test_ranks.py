@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import FileStore, HashStore, PrefixStore
 
 from bioinit.errors import (
     BioinitError,
@@ -16,6 +16,7 @@ from bioinit.errors import (
     StorageError,
 )
 from bioinit.ranks import ALONE, World, joined, together
+from bioinit.ranks.meeting import require_server
 from bioinit.ranks.watch import Pace
 
 QUICK = Pace(tick=0.1, settle=0.1, lost=2.0, join=5.0, heard=2.0, interrupt=60, grace=60)
@@ -275,3 +276,9 @@ def test_imagined_others_agree_with_everything():
     world = World(3, 8)
     world.agree({"a": "b"})
     assert world.gathered(1) == [1] and world.hosts == (world.hosts[0],) * 8
+
+
+def test_ranks_that_met_in_a_file_are_told_to_meet_elsewhere(tmp_path):
+    with pytest.raises(ConfigError, match="env://"):
+        require_server(PrefixStore("default_pg", FileStore(str(tmp_path / "store"), 1)))
+    require_server(PrefixStore("default_pg", HashStore()))

@@ -55,7 +55,22 @@ def meet(device: str | None) -> Met:
     if size == 1 or distributed.get_backend() == "fake":
         return Met(None, rank, size)
     store = distributed.distributed_c10d._get_default_store()
+    require_server(store)
     return Met(cast(Store, store), rank, size)
+
+
+def require_server(store: Any) -> None:
+    """Refuse a file as a store: ranks that ask it while others write to it wait for each other."""
+    from torch._C._distributed_c10d import FileStore, PrefixStore
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, FileStore):
+        raise ConfigError(
+            "the ranks met in a file (init_method='file://...'), through which they cannot watch "
+            "each other. Call init_process_group with init_method='env://' or 'tcp://...', or do "
+            "not call it: bioinit does, from the launcher's variables."
+        )
 
 
 def prefixed(store: Store, prefix: str) -> Store:
