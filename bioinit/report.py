@@ -95,6 +95,9 @@ class LoadReport:
     """Makes the plan's JSON, which the receipt extends."""
     remarks: tuple[str, ...] = ()
     """What the readers found that is no problem, but nobody would expect."""
+    ranks: tuple[Mapping[str, Any], ...] = ()
+    """What each of several ranks read, and into how much memory; ``bytes_read`` and ``seconds``
+    are this one's."""
 
     def __repr__(self) -> str:
         return (
@@ -117,19 +120,30 @@ class LoadReport:
             "tensors": [claim.to_json() for claim in self.claims],
             "unused": [tensor.to_json() for tensor in self.unused],
             "problems": [problem_json(problem) for problem in self.problems],
-            "bytes_read": self.bytes_read,
-            "seconds": round(self.seconds, 6),
+            "bytes_read": self._read,
+            "seconds": round(self._took, 6),
             "trainable_parameters": self.trainable,
             "parameters": self.parameters,
             "remarks": list(self.remarks),
-        }
+        } | ({"ranks": list(self.ranks)} if self.ranks else {})
+
+    @property
+    def _read(self) -> int:
+        """Bytes that all ranks read."""
+        return sum(each["bytes_read"] for each in self.ranks) if self.ranks else self.bytes_read
+
+    @property
+    def _took(self) -> float:
+        """Seconds until the last of them was done."""
+        return max((each["seconds"] for each in self.ranks), default=self.seconds)
 
     def render(self) -> str:
         """A few lines for a person: how many of each claim, bytes, seconds, trainable share."""
         lines = [summary(self.claims)]
-        rate = self.bytes_read / max(self.seconds, 1e-9)
+        rate = self._read / max(self._took, 1e-9)
+        by = f" by {len(self.ranks)} ranks" if self.ranks else ""
         lines.append(
-            f"read {human_bytes(self.bytes_read)} in {self.seconds:.2f} s "
+            f"read {human_bytes(self._read)} in {self._took:.2f} s{by} "
             f"({human_bytes(int(rate))}/s); "
             f"{self.trainable:,} of {self.parameters:,} parameters are trainable"
         )

@@ -71,6 +71,10 @@ def built_class(module: nn.Module) -> type[nn.Module]:
     return next(c for c in type(module).__mro__ if not c.__module__.startswith("torch.distributed"))
 
 
+def _nobody_met(mesh: Mapping[str, int]) -> None:
+    """Whatever divides the model brings its own."""
+
+
 def _nothing_located(module: nn.Module) -> Mapping[str, Located]:
     return {}
 
@@ -109,6 +113,10 @@ class Backend:
     located: Callable[[nn.Module], Mapping[str, Located]] = _nothing_located
     """Where the tensors of a divided model belong in the whole one, by their names in this process;
     those that are missing are whole, or DTensors, which say so themselves."""
+
+    meet: Callable[[Mapping[str, int]], None] = _nobody_met
+    """Makes the process groups of a mesh, by the names of its axes, before ``build``: for models
+    that are divided by their own constructor."""
 
     divide: Callable[[nn.Module, DeviceMesh, Mapping[str, str]], None] | None = None
     """Divides a module on meta over a mesh of one axis for tensor parallelism, by the plan that its

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from bioinit import collector
 from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.families import open_checkpoint
+from bioinit.initialize.among import Parallelize
 from bioinit.initialize.given import Given
-from bioinit.initialize.prepare import Prepared, prepare, prepare_module
+from bioinit.initialize.prepare import Prepared, is_shared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.plan import LoadPlan
+from bioinit.ranks import ALONE, World, together
 from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
 from bioinit.save import save
@@ -60,48 +63,65 @@ class Initialized:
         prepared = self._prepared
         checkpoint = prepared.checkpoint
         context = None if checkpoint is None else checkpoint.context
-        self.receipt = save(
-            self.model,
-            path,
-            backend=prepared.backend,
-            record=prepared.record,
-            receipt=self.report.to_json(),
-            origins={f"model.{d.field}": d.origin for d in self.plan.fields},
-            homes=() if checkpoint is None else checkpoint.homes,
-            carried=None if context is None else context.carried,
-            across=prepared.across,
-            keep=_lying(prepared),
-            overwrite=overwrite,
-        )
+        with nullcontext(ALONE) if prepared.among.is_alone else together() as world:
+            self.receipt = save(
+                self.model,
+                path,
+                backend=prepared.backend,
+                record=prepared.record,
+                receipt=self.report.to_json(),
+                origins={f"model.{d.field}": d.origin for d in self.plan.fields},
+                homes=() if checkpoint is None else checkpoint.homes,
+                carried=None if context is None else context.carried,
+                across=prepared.across,
+                keep=_lying(prepared),
+                overwrite=overwrite,
+                world=world,
+            )
         return self.receipt
 
 
-def plan(record: fdl.Config[Run]) -> LoadPlan:
+def plan(record: fdl.Config[Run], *, parallelize: Parallelize | None = None) -> LoadPlan:
     """Everything but reading weights. Problems are listed in the plan, not raised.
+
+    Where several processes share the model, all of them call this; each is given its own copies
+    and everybody's claims.
 
     Raises:
         BioinitError: the recipe, the checkpoint's headers or its config cannot be used at all.
     """
-    with prepare(record) as prepared:
+    with _among(record) as world, prepare(record, world, parallelize) as prepared:
         return prepared.plan
 
 
-def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Initialized:
+def initialize(
+    record: fdl.Config[Run],
+    progress: Progress | None = None,
+    *,
+    parallelize: Parallelize | None = None,
+) -> Initialized:
     """Start a model: merge, build, load, initialize what is new, write ``output_dir`` if set.
+
+    Where a launcher started several processes, all of them call this, and each is given its part of
+    the model, as ``placement`` says; ``placement.strategy=single`` is a process by itself.
 
     Args:
         record: what :func:`bioinit.compose` gives.
         progress: is told the bytes read so far and the bytes to read.
+        parallelize: divides the model in place of ``placement.strategy`` and ``placement.mesh``: it
+            is given the whole model on meta, and divides it in place (``fully_shard``,
+            ``parallelize_module``) or returns the module that takes its place.
 
     Raises:
         PlanError: the plan has problems (no weight byte was read), or loading found some.
-        BioinitError: see its subclasses. Nothing is written under a final name.
+        BioinitError: see its subclasses. Nothing is written under a final name. What fails in one
+            process is raised in all of them.
     """
-    with prepare(record) as prepared:
+    with _among(record) as world, prepare(record, world, parallelize) as prepared:
         run = prepared.run
-        device = _present(run.placement.device)
+        device = _present(run.placement.device, world)
         raise_for(prepared.plan.problems, "the plan has")
-        if run.output_dir is not None:
+        if run.output_dir is not None and world.rank == 0:
             require_free(run.output_dir, overwrite=run.output.overwrite, keep=_lying(prepared))
         report = execute(
             prepared.plan,
@@ -112,8 +132,12 @@ def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Ini
             make=prepared.make,
             init=run.init,
             device=device,
-            progress=_counted(progress, prepared.plan.bytes_to_read),
+            progress=_counted(progress, prepared.plan.bytes_to_read, world),
+            world=world,
+            make_whole=prepared.whole,
+            parallel=prepared.among.is_split(run.placement.parallel_load),
         ).raise_for_problems()
+        report = dataclasses.replace(report, ranks=_each(world, prepared.plan, report))
         prepared.backend.remember(prepared.module, prepared.spelled_names)
         done = Initialized(prepared.module, prepared.config, prepared.plan, report, prepared)
         if run.output_dir is not None:
@@ -122,7 +146,7 @@ def initialize(record: fdl.Config[Run], progress: Progress | None = None) -> Ini
 
 
 def load_weights(
-    module: nn.Module,
+    module: nn.Module | Sequence[nn.Module],
     path: str | Path,
     *,
     skip_prefixes: Iterable[str] = (),
@@ -135,10 +159,12 @@ def load_weights(
 
     A module on meta gets memory; one that has memory keeps it, and its dtypes. Parameters that the
     checkpoint lacks are an error unless a prefix skips them or a policy says otherwise; those of a
-    module with memory then keep their values.
+    module with memory then keep their values. Where the module is this process's part of a model
+    (its parameters are DTensors, or Megatron divided it), all processes that share it call this.
 
     Args:
-        module: a ``transformers`` model or a module of your own.
+        module: a ``transformers`` model, one of megatron-core (or the list of its chunks, where a
+            pipeline is interleaved), or a module of your own.
         path: a checkpoint's folder or file.
         skip_prefixes: keys that begin with one of these whole dotted prefixes are left alone.
         mapping: stored names to the module's, as patterns: ``{"body.**": "encoder.**"}``; a name
@@ -158,27 +184,52 @@ def load_weights(
             f"skip_prefixes={skip_prefixes!r} is one text, and each of its letters would be a "
             f"prefix. Write a tuple: ({skip_prefixes!r},)."
         )
-    place = _present(mesh_device(module) if device is None else str(device))
     init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
-    with open_checkpoint(path) as checkpoint:
+    root = module if isinstance(module, nn.Module) else nn.ModuleList(module)
+    asked = mesh_device(root) if device is None else str(device)
+    among = together(asked) if is_shared(root) else nullcontext(ALONE)
+    with among as world, open_checkpoint(path) as checkpoint:
+        place = _present(asked, world)
         with collector.paused():
-            prepared = prepare_module(module, checkpoint, init, tuple(skip_prefixes), mapping)
+            prepared = prepare_module(root, checkpoint, init, tuple(skip_prefixes), mapping, world)
         raise_for(prepared.plan.problems, "the plan has")
         return execute(
             prepared.plan,
-            module,
+            root,
             prepared.files,
             prepared.tensors,
             backend=prepared.backend,
             make=prepared.make,
             init=init,
             device=place,
-            progress=_counted(progress, prepared.plan.bytes_to_read),
+            progress=_counted(progress, prepared.plan.bytes_to_read, world),
+            world=world,
         ).raise_for_problems()
 
 
-def _present(device: str | None) -> torch.device:
-    """The device called so; the CPU if None.
+def _among(record: fdl.Config[Run]) -> AbstractContextManager[World]:
+    """The ranks that start the model of ``record``, of which this process is one."""
+    placement = record.placement
+    if getattr(placement, "strategy", None) == "single":
+        return nullcontext(ALONE)
+    return together(getattr(placement, "device", None))
+
+
+def _each(world: World, planned: LoadPlan, report: LoadReport) -> tuple[dict[str, Any], ...]:
+    """What each rank read, for how long, and into how much memory; nothing for one process."""
+    if world.size == 1:
+        return ()
+    mine = {
+        "rank": world.rank,
+        "bytes_read": report.bytes_read,
+        "seconds": round(report.seconds, 6),
+        "memory": {"parameters": planned.memory_parameters, "peak": planned.memory_peak},
+    }
+    return tuple(world.gathered(mine))
+
+
+def _present(device: str | None, world: World) -> torch.device:
+    """The device called so, of this rank if there are several; the CPU if None.
 
     Raises:
         ConfigError: this machine has none of that name.
@@ -199,6 +250,8 @@ def _present(device: str | None) -> torch.device:
             f"device={device!r}, but torch sees {count} GPU{'s' if count > 1 else ''} here, and "
             f"they are counted from 0. Use cuda:{count - 1} or less."
         )
+    if world.size > 1 and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return found
 
 
@@ -210,15 +263,17 @@ def _lying(prepared: Prepared) -> tuple[Path, ...]:
     return (checkpoint.path, *(file.path for file in checkpoint.files))
 
 
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    """Adds up what arrives, for those who want to know how far it is."""
-    if progress is None:
+def _counted(progress: Progress | None, total: int, world: World) -> Callable[[int], None] | None:
+    """Adds up what arrives, for those who want to know how far it is; ends if a rank has failed."""
+    if progress is None and world.size == 1:
         return None
     done = 0
 
     def arrived(size: int) -> None:
         nonlocal done
         done += size
-        progress(done, total)
+        world.check()
+        if progress is not None:
+            progress(done, total)
 
     return arrived

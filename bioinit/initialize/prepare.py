@@ -22,6 +22,8 @@ from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
+from bioinit.initialize.among import Among, Parallelize
+from bioinit.initialize.facts import facts, loading_facts
 from bioinit.initialize.given import Given
 from bioinit.initialize.layers import Layers
 from bioinit.initialize.outputs import across_for
@@ -33,10 +35,11 @@ from bioinit.merge import merge
 from bioinit.plan import SKIP_LIST, LoadPlan
 from bioinit.plan import plan as plan_load
 from bioinit.prefixes import Spelling
+from bioinit.ranks import ALONE, World
 from bioinit.record import build, make_record, set_in
 from bioinit.save.across import Across
 from bioinit.storage import File
-from bioinit.targets import describe
+from bioinit.targets import describe, is_divided, slots
 from bioinit.version import __version__
 
 # ``shared_expert_intermediate_size`` and ``block_size`` are sizes, not counts.
@@ -59,6 +62,8 @@ class Prepared:
     spelling: Spelling
     across: Across | None = None
     """How the model is written, where its backend does not write it."""
+    among: Among = dataclasses.field(default_factory=Among)
+    """Who shares the model, and how it is divided."""
 
     @property
     def files(self) -> Sequence[File]:
@@ -73,21 +78,39 @@ class Prepared:
         """The stored names as the dialect spells them: without what wrappers added."""
         return [self.spelling.spell(name) for name in self.tensors]
 
+    def whole(self) -> nn.Module:
+        """The model on meta, undivided and new."""
+        return self.backend.build(self.make)
+
 
 @contextmanager
-def prepare(record: fdl.Config[Run]) -> Iterator[Prepared]:
-    """Decide everything about a run; its checkpoint is open inside."""
+def prepare(
+    record: fdl.Config[Run], world: World = ALONE, parallelize: Parallelize | None = None
+) -> Iterator[Prepared]:
+    """Decide everything about a run; its checkpoint is open inside.
+
+    Args:
+        record: of the run.
+        world: the ranks that share its model; all of them call this.
+        parallelize: divides the model on meta in place of ``placement.strategy``.
+    """
     started = time.perf_counter()
     run: Run = build(record)
     path = run.model.get("initial_ckpt_path") if isinstance(run.model, Mapping) else None
     path = path or getattr(run.model, "initial_ckpt_path", None)
     if path is None:
-        yield _decide(record, run, None, started)
+        yield _decide(record, run, None, started, world, parallelize)
         return
     with families.open_checkpoint(path) as checkpoint:
         with collector.paused():
-            prepared = _decide(record, run, checkpoint, started)
+            prepared = _decide(record, run, checkpoint, started, world, parallelize)
         yield prepared
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether ``module`` is what this process has of a model that several share."""
+    backend, _ = families.of_module(module)
+    return any(is_divided(s.tensor) for s in slots(module)) or bool(backend.located(module))
 
 
 def prepare_module(
@@ -96,6 +119,7 @@ def prepare_module(
     init: InitPolicy,
     skip_prefixes: tuple[str, ...],
     mapping: Given | None,
+    world: World = ALONE,
 ) -> Prepared:
     """Decide everything about loading into a module that exists already."""
     started = time.perf_counter()
@@ -103,6 +127,9 @@ def prepare_module(
     if mapping is None:
         own_names = names_across(module, checkpoint) or own_names
     targets = describe(module, backend.located(module))
+    among = Among(world)
+    if world.size > 1:
+        world.agree(loading_facts(init, skip_prefixes, checkpoint))
     names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
     if own_names is None or families.is_megatron(module):
         backend = dataclasses.replace(
@@ -117,13 +144,23 @@ def prepare_module(
         skip_prefixes=skip_prefixes,
         dtype="module",
         notes=notes_on(checkpoint, spelling),
+        share=among.share,
     )
     planned = _finished(planned, init, checkpoint, None, started)
     words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
     planned = dataclasses.replace(planned, problems=tuple(words))
     config = TrainableModelConfig()
     return Prepared(
-        Run(), config, None, module, lambda: module, backend, checkpoint, planned, spelling
+        Run(),
+        config,
+        None,
+        module,
+        lambda: module,
+        backend,
+        checkpoint,
+        planned,
+        spelling,
+        among=among,
     )
 
 
@@ -143,8 +180,15 @@ def _in_keywords(cure: str) -> str:
 
 
 def _decide(
-    record: fdl.Config[Run], run: Run, checkpoint: Checkpoint | None, started: float
+    record: fdl.Config[Run],
+    run: Run,
+    checkpoint: Checkpoint | None,
+    started: float,
+    world: World,
+    parallelize: Parallelize | None,
 ) -> Prepared:
+    if world.size > 1:
+        world.agree(facts(run, checkpoint, parallelize))
     context = None if checkpoint is None else checkpoint.context
     family = _family(record, run)
     if context is not None and checkpoint is not None:
@@ -175,9 +219,12 @@ def _decide(
     def make() -> nn.Module:
         return family.build(config)
 
+    among = Among.of(run, config, world, parallelize)
+    among.meet(backend)
     module = backend.build(make)
-    targets = describe(module, backend.located(module))
-    names, spelling = names_of_family(family, config, described, module, targets, checkpoint)
+    # Names and layouts are those of the whole model; what this rank holds of it comes after.
+    whole = describe(module, backend.located(module))
+    names, spelling = names_of_family(family, config, described, module, whole, checkpoint)
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
     notes = notes_on(checkpoint, spelling, saved, merged.missing)
@@ -187,6 +234,8 @@ def _decide(
         stored, about_layers = layers.of(stored, names, spelling, module)
         names = layers.renumbered(names, module)
         notes.append(about_layers)
+    module = among.divided(module, backend, family)
+    targets = whole if among.is_alone else among.described(module, backend)
     planned = plan_load(
         model_side(module, targets, backend, run.placement.dtype),
         stored,
@@ -197,6 +246,7 @@ def _decide(
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
         notes=notes,
         is_left=is_left,
+        share=among.share,
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
     empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]
@@ -204,10 +254,20 @@ def _decide(
     across = across_for(run, family, config, checkpoint, saved)
     # Whoever only wants the model in memory need not be told what could not be written.
     if across is not None and not problems and (run.output_dir or run.output.dialect != "hf"):
-        problems = across.problems(module)
+        problems = across.problems(module if among.is_alone else backend.build(make))
     planned = dataclasses.replace(planned, fields=merged.decisions, problems=problems)
     return Prepared(
-        run, config, merged.record, module, make, backend, checkpoint, planned, spelling, across
+        run,
+        config,
+        merged.record,
+        module,
+        make,
+        backend,
+        checkpoint,
+        planned,
+        spelling,
+        across,
+        among,
     )
 
 
@@ -301,14 +361,15 @@ def _finished(
 
 
 def _idle_patterns(init: InitPolicy, planned: LoadPlan) -> Iterator[Problem]:
+    keys = [claim.key for claim in planned.tensors if claim.claim != "tied"]
     for field in ("trainable", "frozen"):
         for text in getattr(init, field):
             pattern = Pattern(text)
-            if not any(pattern.match(key) is not None for key in planned.targets):
+            if not any(pattern.match(key) is not None for key in keys):
                 yield Problem(
                     "pattern",
                     text,
                     f"init.{field} holds {text!r}, which matches no parameter. "
-                    f"{suggestion(text, planned.targets)}".strip(),
+                    f"{suggestion(text, keys)}".strip(),
                     "A pattern matches whole keys: * is one segment, ** one or more.",
                 )

@@ -168,4 +168,5 @@ BACKEND = Backend(
     save=save,
     located=located,
     saved_names=None,
+    meet=require_world,
 )
