@@ -21,6 +21,7 @@ from bioinit.initialize.among import Parallelize
 from bioinit.initialize.given import Given
 from bioinit.initialize.prepare import Prepared, is_shared, prepare, prepare_module
 from bioinit.load import execute
+from bioinit.load.exchange import is_worth_it
 from bioinit.plan import LoadPlan
 from bioinit.ranks import ALONE, World, together
 from bioinit.record import build, make_record
@@ -135,7 +136,7 @@ def initialize(
             progress=_counted(progress, prepared.plan.bytes_to_read, world),
             world=world,
             make_whole=prepared.whole,
-            parallel=prepared.among.is_split(run.placement.parallel_load),
+            parallel=is_worth_it(run.placement.parallel_load, prepared.plan.described, world),
         ).raise_for_problems()
         report = dataclasses.replace(report, ranks=_each(world, prepared.plan, report))
         prepared.backend.remember(prepared.module, prepared.spelled_names)

@@ -13,7 +13,7 @@ from bioinit.backends.protocol import Backend
 from bioinit.config import Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family
-from bioinit.parallelize import Sharing, decided, divide
+from bioinit.parallelize import Sharing, decided, divide, replicated
 from bioinit.plan.evidence import Evidence, unite
 from bioinit.ranks import ALONE, World
 from bioinit.targets import Target, describe
@@ -56,6 +56,12 @@ class Among:
     def is_alone(self) -> bool:
         return self.world.size == 1
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether a rank has less than the whole model."""
+        is_whole = self.sharing is not None and self.sharing.strategy in ("single", "ddp")
+        return not self.is_alone and not is_whole
+
     def meet(self, backend: Backend) -> None:
         """Make the process groups that the model's own constructor asks for.
 
@@ -78,26 +84,16 @@ class Among:
         return module
 
     def described(self, module: nn.Module, backend: Backend) -> dict[str, Target]:
-        """The targets of ``module``; a strategy leaves what it does not divide to every rank."""
+        """The targets of ``module``, with the ranks that hold the same where a strategy says so."""
         targets = describe(module, backend.located(module))
         if self.is_alone or self.sharing is None or self.sharing.strategy == "megatron":
             return targets
-        everybody = tuple(range(self.world.size))
-        return {
-            key: target if target.replicas else target._replace(replicas=everybody)
-            for key, target in targets.items()
-        }
+        return replicated(module, targets, self.sharing)
 
     @property
     def share(self) -> Callable[[Evidence], Evidence] | None:
         """Puts together what all ranks planned; None for one process."""
         return None if self.is_alone else functools.partial(unite, self.world)
-
-    def is_split(self, parallel_load: str) -> bool:
-        """Whether ranks that hold the same parameters share the reading of them."""
-        if self.is_alone or parallel_load == "off":
-            return False
-        return parallel_load == "on" or len(set(self.world.hosts)) > 1
 
 
 def _given_back(parallelize: Parallelize, module: nn.Module) -> nn.Module:

@@ -38,6 +38,7 @@ from bioinit.prefixes import Spelling
 from bioinit.ranks import ALONE, World
 from bioinit.record import build, make_record, set_in
 from bioinit.save.across import Across
+from bioinit.save.plain import Plain
 from bioinit.storage import File
 from bioinit.targets import describe, is_divided, slots
 from bioinit.version import __version__
@@ -60,7 +61,7 @@ class Prepared:
     checkpoint: Checkpoint | None
     plan: LoadPlan
     spelling: Spelling
-    across: Across | None = None
+    across: Across | Plain | None = None
     """How the model is written, where its backend does not write it."""
     among: Among = dataclasses.field(default_factory=Among)
     """Who shares the model, and how it is divided."""
@@ -249,12 +250,12 @@ def _decide(
         share=among.share,
     )
     planned = _finished(planned, run.init, checkpoint, run.family, started)
-    empty = [] if planned.targets or nothing else [_nothing_to_load_into(module)]
+    empty = [] if planned.tensors or nothing else [_nothing_to_load_into(module)]
     problems = (*merged.problems, *empty, *planned.problems)
-    across = across_for(run, family, config, checkpoint, saved)
+    across = across_for(run, family, config, checkpoint, saved, among.is_divided)
     # Whoever only wants the model in memory need not be told what could not be written.
     if across is not None and not problems and (run.output_dir or run.output.dialect != "hf"):
-        problems = across.problems(module if among.is_alone else backend.build(make))
+        problems = across.problems(module, backend.located(module), world)
     planned = dataclasses.replace(planned, fields=merged.decisions, problems=problems)
     return Prepared(
         run,
