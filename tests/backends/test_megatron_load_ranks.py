@@ -1,0 +1,210 @@
+"""Checkpoints loaded into models of megatron-core that are divided among processes."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bioinit
+from bioinit.backends import megatron
+from bioinit.errors import PlanError
+from tests.megatron_shares import differing, place
+from tests.processes import together
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
+    ),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+ZARR = tuple(
+    f"model.{field}={value}"
+    for field, value in {
+        "vocab_size": 64,
+        "make_vocab_size_divisible_by": 64,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "seq_length": 32,
+        "share_embeddings_and_output_weights": "false",
+    }.items()
+)
+"""What the checkpoint, which has no config, is of."""
+SKIP_HEAD = "model.initial_ckpt_skip_keys_with_these_prefixes=[lm_head]"
+
+IDS = torch.arange(22).reshape(2, 11) % 20
+
+LOADED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "llama": ("llama/causal_lm", "hf/llama/safetensors", ()),
+    "nemo2": ("llama/causal_lm", "nemo2/llama_tp1", ()),
+    "new head": ("llama/causal_lm", "hf/llama/safetensors", (SKIP_HEAD,)),
+    "mixtral": ("mixtral/causal_lm", "hf/mixtral/safetensors", ()),
+    "zarr": ("biobert/masked_lm", "zarr/bert_fp32_tp1_mcore0.12.3", ZARR),
+    "tied": ("llama/causal_lm", "tied", ()),
+    "bert": ("biobert/masked_lm", "bert", ()),
+}
+"""Recipe, checkpoint and more words, by the name of the case."""
+
+LOADED_BY_TWO: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
+    ({"tp": 2}, tuple(LOADED)),
+    ({"pp": 2}, tuple(LOADED)),
+    ({"ep": 2}, ("mixtral",)),
+)
+LOADED_BY_FOUR: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
+    ({"tp": 2, "pp": 2}, tuple(LOADED)),
+    ({"tp": 2, "pp": 1, "dp": 2}, ("llama", "bert")),
+)
+
+
+def start(case: str, where: Mapping[str, str], *words: str) -> nn.Module:
+    recipe, source, more = LOADED[case]
+    path = f"model.initial_ckpt_path={where[source]}"
+    record = bioinit.compose(recipe, ["model.backend=megatron", path, *more, *words])
+    return bioinit.initialize(record).model.eval()
+
+
+def words_for(mesh: Mapping[str, int]) -> list[str]:
+    axes = ", ".join(f"{axis}: {ways}" for axis, ways in mesh.items())
+    return ["placement.strategy=megatron", f"placement.mesh={{{axes}}}"]
+
+
+def computed(model: Any) -> torch.Tensor:
+    """What this process computes of the logits, or its stage of the hidden states."""
+    # Megatron compiles small parts, which takes longer than all else here.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if type(model).__name__ == "BertModel":
+            words = getattr(model, "embedding", None)
+            has_types = getattr(words, "tokentype_embeddings", None) is not None
+            types = torch.zeros_like(IDS) if has_types else None
+            given = model(IDS, torch.ones_like(IDS), tokentype_ids=types)
+            return given[0] if isinstance(given, tuple) else given
+        return model(IDS, torch.arange(11).expand(IDS.shape), None)
+
+
+def through_stages(model: Any, hidden_size: int) -> torch.Tensor | None:
+    """The logits, with what the first stage gives handed to the second; None on the first."""
+    given = torch.empty(11, 2, hidden_size)
+    if model.pre_process:
+        torch.distributed.send(computed(model).contiguous(), 1)
+        return None
+    torch.distributed.recv(given, 0)
+    model.set_input_tensor(given)
+    return computed(model)
+
+
+def loads(meshes: Any, path: str, where: Mapping[str, str]) -> None:
+    """Every cell of ``meshes`` in this rank."""
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+    expected = torch.load(path)
+    for mesh, cases in meshes:
+        megatron.require_world(mesh)
+        for case in cases:
+            state, logits = expected[case]
+            gated = LOADED[case][0] != "biobert/masked_lm"
+            divisor = {"zarr": 64, "tied": 1}.get(case, 128)
+            asked = {"tied": case in ("tied", "bert"), "gated": gated, "divisor": divisor}
+            model = start(case, where, *words_for(mesh))
+            held = {key: p.detach() for key, p in model.named_parameters()}
+            assert not (wrong := differing(held, state, **asked)), (mesh, case, wrong)
+            if mesh == {"tp": 2} and case != "mixtral":
+                here = computed(model)
+                first = place().tp_rank * here.shape[-1]
+                whole = logits[..., first : first + here.shape[-1]]
+                torch.testing.assert_close(
+                    here[..., : whole.shape[-1]], whole, atol=1e-5, rtol=1e-5
+                )
+            elif mesh == {"pp": 2}:
+                here = through_stages(model, model.config.hidden_size)
+                if here is not None:
+                    torch.testing.assert_close(here, logits, atol=1e-5, rtol=1e-5)
+            if case in ("llama", "tied", "mixtral", "bert"):
+                theirs_is_loaded(model, held, where[LOADED[case][1]])
+        if "llama" in cases:
+            a_failure_is_told(where["llama.nan"], start("llama", where, *words_for(mesh)))
+        parallel_state.destroy_model_parallel()
+
+
+def theirs_is_loaded(model: nn.Module, held: Mapping[str, torch.Tensor], source: str) -> None:
+    """A model that somebody has, whose parameters lie transposed, gets the same in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 2:
+                turned = nn.Parameter(torch.full_like(parameter.t().contiguous(), 7.0).t())
+                vars(turned).update(vars(parameter))
+                module._parameters[name] = turned
+    was = {key: p.data_ptr() for key, p in model.named_parameters()}
+    bioinit.load_weights(model, source)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach(), held[key]), key
+        assert parameter.data_ptr() == was[key], key
+
+
+def a_failure_is_told(source: str, model: nn.Module) -> None:
+    """What cannot be loaded leaves a model on meta there, and says what it did to another."""
+    with pytest.raises(PlanError, match="NaN") as caught:
+        bioinit.load_weights(model, source, check_finite=True)
+    assert "The module is not as it was" in caught.value.__notes__[0]
+    bare = model.to("meta")
+    with pytest.raises(PlanError, match="NaN"):
+        bioinit.load_weights(bare, source, check_finite=True)
+    assert all(parameter.is_meta for parameter in bare.parameters())
+
+
+@pytest.fixture(scope="module")
+def where(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The folders of checkpoints by the names in ``LOADED``."""
+    transformers = pytest.importorskip("transformers")
+    found = {source: str(fixtures_dir / source) for _, source, _ in LOADED.values()}
+    folder = tmp_path_factory.mktemp("written")
+    common = {"vocab_size": 21, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}
+    common |= {"intermediate_size": 24, "max_position_embeddings": 32, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    llama = transformers.LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(llama).save_pretrained(folder / "tied")
+    bert = transformers.MegatronBertConfig(**common, tie_word_embeddings=True)
+    transformers.MegatronBertForMaskedLM(bert).save_pretrained(folder / "bert")
+    spoiled = transformers.LlamaForCausalLM.from_pretrained(found["hf/llama/safetensors"])
+    with torch.no_grad():
+        for parameter in spoiled.parameters():
+            parameter.view(-1)[0] = torch.nan
+    spoiled.save_pretrained(folder / "llama.nan")
+    return found | {name: str(folder / name) for name in ("tied", "bert", "llama.nan")}
+
+
+@pytest.fixture(scope="module")
+def alone(where: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A file with what one process loads in each case, and computes with it."""
+    found = {}
+    for case in LOADED:
+        model = start(case, where)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits = computed(model)
+        found[case] = ({k: p.detach() for k, p in model.named_parameters()}, logits)
+    path = tmp_path_factory.mktemp("alone") / "loaded.pt"
+    torch.save(found, path)
+    yield str(path)
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_load_what_one_would(alone, where):
+    together(2, loads, LOADED_BY_TWO, alone, where)
+
+
+def test_four_processes_load_what_one_would(alone, where):
+    together(4, loads, LOADED_BY_FOUR, alone, where)
