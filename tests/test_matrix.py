@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 import zarr
-from processes import together
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -31,8 +30,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import bioinit
+from tests.processes import together
 
-pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 UNEVEN = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, Any] = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from processes import outcomes_of
 
 import bioinit
 from bioinit.load import transfer
 from bioinit.storage import File
+from tests.processes import outcomes_of
 
 pytestmark = pytest.mark.dist
 
@@ -79,15 +79,14 @@ def given_other_overrides(folder: str) -> None:
 
 
 def filled_disk(folder: str, output: str, *overrides: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    started(folder, f"output_dir={output}", "output.format=torch_dist", *overrides)
-
-
-def last_line(traceback: str) -> str:
-    lines = [line for line in traceback.strip().splitlines() if line and not line.startswith(" ")]
-    return lines[-1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        started(folder, f"output_dir={output}", "output.format=torch_dist", *overrides)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_killed_rank_ends_the_others(llama):
