@@ -16,8 +16,14 @@ _threads_before = 0
 
 
 def worker_count() -> int:
-    """One per processor that this process may use, and no more than storage gains from."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    """One per processor that this process may use, and no more than storage gains from.
+
+    Ranks that a launcher started on one host share its processors.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    ranks = int(said) if said.isdecimal() else 1
+    return max(1, min(8, processors // max(1, ranks)))
 
 
 def run_workers(work: Callable[[threading.Event], None], count: int) -> None:
