@@ -112,17 +112,19 @@ LAYOUTS: dict[str, Callable[[nn.Module, int], None]] = {
 }
 
 
-def ours(task: Task) -> nn.Module:
+def ours(task: Task, model: nn.Module) -> nn.Module:
     """``bioinit.load_weights`` into the divided model on meta."""
     import bioinit
 
-    model = divided(task)
     bioinit.load_weights(model, task.path)
     return model
 
 
-def initialize(task: Task) -> nn.Module:
-    """``bioinit.initialize`` of a replicated model, each replica reading all, or its part."""
+def initialize(task: Task, model: nn.Module) -> nn.Module:
+    """``bioinit.initialize`` of a replicated model, each replica reading all, or its part.
+
+    It builds a model of its own, on the clock.
+    """
     import bioinit
 
     said = [f"model.initial_ckpt_path={task.path}", "placement.dtype=bfloat16"]
@@ -130,20 +132,20 @@ def initialize(task: Task) -> nn.Module:
     return bioinit.initialize(bioinit.compose("auto/as_saved", said)).model
 
 
-def dcp(task: Task) -> nn.Module:
+def dcp(task: Task, model: nn.Module) -> nn.Module:
     """``torch.distributed.checkpoint.load`` into the divided model's state dict."""
     from torch.distributed import checkpoint
 
-    model = divided(task).to_empty(device="cpu")
+    model.to_empty(device="cpu")
     checkpoint.load(model.state_dict(), checkpoint_id=task.path)
     return model
 
 
-def slices(task: Task) -> nn.Module:
+def slices(task: Task, model: nn.Module) -> nn.Module:
     """``safe_open`` and ``get_slice``, copied into the shards."""
     from safetensors import safe_open
 
-    model = divided(task).to_empty(device="cpu")
+    model.to_empty(device="cpu")
     wanted = dict(model.named_parameters())
     with torch.no_grad():
         for file in task.files:
@@ -169,7 +171,10 @@ def part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 
 
 TRANSFORMERS = ("transformers", "transformers.models.llama.modeling_llama")
-WAYS: dict[str, tuple[Callable[[Task], nn.Module], tuple[str, ...]]] = {
+Way = Callable[[Task, nn.Module], nn.Module]
+"""Loads what a task names into the divided model, which is on meta."""
+
+WAYS: dict[str, tuple[Way, tuple[str, ...]]] = {
     "load_weights": (ours, (*TRANSFORMERS, "bioinit")),
     "initialize": (initialize, (*TRANSFORMERS, "bioinit")),
     "dcp": (dcp, (*TRANSFORMERS, "torch.distributed.checkpoint")),
@@ -196,8 +201,9 @@ def differing(model: nn.Module, path: str) -> list[str]:
     return wrong
 
 
-def measure(way: Callable[[Task], nn.Module], task: Task) -> tuple[nn.Module, dict[str, object]]:
+def measure(way: Way, task: Task) -> tuple[nn.Module, dict[str, object]]:
     """Load and touch on the clock, with what the kernel counted meanwhile."""
+    model = divided(task)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     say("ready")
@@ -205,7 +211,7 @@ def measure(way: Callable[[Task], nn.Module], task: Task) -> tuple[nn.Module, di
         raise SystemExit("nobody said go")
     before, io_before = once.status(), once.io()
     begin = time.perf_counter()
-    model = way(task)
+    model = way(task, model)
     there = time.perf_counter()
     mine = shards(model)
     read = once.io()["rchar"] - io_before["rchar"]
@@ -235,7 +241,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     task = Task(request["path"], request["layout"], request["size"], request["parallel"])
-    way(Task(request["warm_up"], *vars_after(task)))
+    tiny = Task(request["warm_up"], *vars_after(task))
+    way(tiny, divided(tiny))
     model, result = measure(way, task)
     say("done")
     if request["check"]:

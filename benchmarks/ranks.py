@@ -4,8 +4,9 @@
     python benchmarks/ranks.py --only rows,columns --ranks 2 --rounds 7
     python benchmarks/ranks.py --quick                          # seconds; for the tests
 
-The clock of a rank runs from a call that gets a path to shards that can train: construction on
-meta, division, reading, and a write to one element of every 4 KiB page of its shards. A round's
+The clock of a rank runs from a call that gets a path and a divided model on meta to shards that can
+train: memory, reading, and a write to one element of every 4 KiB page of its shards (`initialize`
+builds its model on the clock as well). A round's
 time is that of its slowest rank. Each way runs in fresh processes that have met and have loaded a
 tiny checkpoint; the ways alternate round by round; files are in the page cache; the memory that
 they will use has been backed by the host. Ratios are taken within a round, and their median is
