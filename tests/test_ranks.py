@@ -1,12 +1,15 @@
 """Many ranks, most of them threads over one store: agreement, union, and one failing for all."""
 
+import itertools
 import operator
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 from torch.distributed import FileStore, HashStore, PrefixStore
 
+from bioinit import ranks
 from bioinit.errors import (
     BioinitError,
     ConfigError,
@@ -20,6 +23,7 @@ from bioinit.ranks.meeting import require_server
 from bioinit.ranks.watch import Pace
 
 QUICK = Pace(tick=0.1, settle=0.1, lost=2.0, join=5.0, heard=2.0, interrupt=60, grace=60)
+HASTY = QUICK._replace(tick=0.02, settle=0.01)
 
 
 def threads(size, function, pace=QUICK, absent=()):
@@ -63,13 +67,25 @@ def test_what_all_know_is_united_in_the_order_of_ranks(size):
     assert threads(size, all_ranks) == [expected] * size
 
 
+class Counting:
+    """A store that counts what it is asked, questions of a wait aside."""
+
+    def __init__(self, store):
+        self._store = store
+        self.operations = 0
+
+    def __getattr__(self, name):
+        self.operations += name != "check"
+        return getattr(self._store, name)
+
+
 def test_uniting_costs_a_rank_as_many_operations_as_the_tree_is_high():
     def all_ranks(world):
         world.united({str(world.rank): 1}, operator.or_)
-        before = world._line.operations
+        store = world._line._store = Counting(world._line._store)
         united = world.united({str(world.rank): 1}, operator.or_)
         assert len(united) == 64
-        return world._line.operations - before
+        return store.operations
 
     costs = threads(64, all_ranks)
     assert max(costs) <= 5 * 6 + 6
@@ -127,7 +143,52 @@ def test_many_that_differ_are_counted():
         world.agree({"a": "x" if world.rank < 20 else "y"})
 
     said = str(threads(32, all_ranks)[31])
-    assert "ranks 20, 21, 22, 23, 24, 25, 26 and 27 and 4 more differ from rank 0 in a" in said
+    assert "ranks 20, 21, 22, 23, 24, 25, 26, 27 and 4 more differ from rank 0 in a" in said
+
+
+STEPS = {
+    "agree": lambda world: world.agree({}),
+    "united": lambda world: world.united({}, operator.or_),
+    "gathered": lambda world: world.gathered(1),
+    "hosts": lambda world: world.hosts,
+    "the end": lambda world: None,
+}
+
+
+@pytest.mark.parametrize("odd", [0, 3])
+@pytest.mark.parametrize(("one", "others"), [*itertools.combinations(STEPS, 2)])
+def test_ranks_that_come_to_different_steps_do_not_wait_for_each_other(odd, one, others):
+    def all_ranks(world):
+        STEPS["gathered"](world)
+        STEPS[one if world.rank == odd else others](world)
+
+    started = time.monotonic()
+    for error in threads(4, all_ranks, HASTY):
+        assert type(error) is ConfigError
+        assert f"came to {one!r} when" in str(error) or f"came to {one!r}: turn 2" in str(error)
+        assert f"came to {others!r}" in str(error) and "if rank == 0" in str(error)
+    assert time.monotonic() - started < 4
+
+
+def test_those_who_have_met_are_waited_for_much_shorter_than_those_who_are_being_started(
+    monkeypatch,
+):
+    held = []
+
+    class Line:
+        def __init__(self, store, rank, size, pace):
+            held.append(pace.join)
+
+        def open(self):
+            return nullcontext()
+
+    monkeypatch.setattr(ranks, "Line", Line)
+    monkeypatch.setattr(ranks, "meet", lambda device: (HashStore(), 0, 2))
+    monkeypatch.setattr(ranks, "_meetings", itertools.count(1))
+    for _ in range(3):
+        with together():
+            pass
+    assert held == [600, 120, 120]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -221,6 +282,7 @@ def test_a_rank_that_never_comes_is_named(rank):
     for each, error in enumerate(found):
         if each != rank:
             assert type(error) is ConfigError and f"rank {rank} did not come" in str(error)
+            assert "(`if rank == 0:`)" in str(error)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -48,23 +48,40 @@ def fail_late(world):
         time.sleep(0.05)
 
 
+def tidy(world):
+    world.agree({})
+    if world.rank == 0:
+        raise CorruptCheckpoint("it ends early")
+    try:
+        while True:
+            time.sleep(0.05)
+            # Both ways to hear of it: an error at a check, and an interrupt.
+            if world.rank == 1:
+                world.check()
+    finally:
+        time.sleep(3)
+
+
 def cells():
     ranks.PACE = QUICK
     each = [raised(lambda world: world.gathered(world.rank)) for _ in range(2)]
     hosts = raised(lambda world: len(world.hosts))
-    return [*each, hosts, *map(raised, (differ, fail_early, fail_late))]
+    failed = [raised(each) for each in (differ, fail_early, fail_late)]
+    ranks.PACE = QUICK._replace(interrupt=0.3, grace=0.6)
+    return [*each, hosts, *failed, raised(tidy)]
 
 
 def test_processes_agree_differ_and_fail_as_one():
     found = together(3, cells, timeout=120)
     for rank, (first, second, hosts, *failed) in enumerate(found):
         assert first[0] == second[0] == [0, 1, 2] and hosts[0] == 3
-        (differing, _), (early, early_seconds), (late, late_seconds) = failed
+        (differing, _), (early, early_seconds), (late, late_seconds), (tidied, _) = failed
         assert differing[0] == ConfigError.__name__
         assert "labels: '2' on rank 0, '3' on rank 2" in differing[1]
         said = "it ends early"
         assert early == ("CorruptCheckpoint", said if rank == 1 else f"rank 1: {said}")
         assert late == ("CorruptCheckpoint", said if rank == 0 else f"rank 0: {said}")
+        assert tidied == late
         assert early_seconds < 5 and late_seconds < 8
 
 

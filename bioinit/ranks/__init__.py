@@ -58,13 +58,15 @@ class World:
             return
         digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
         # Of each digest: how many ranks have it, and the first few of them.
-        found: dict[str, Any] = self._line.united({digest: [1, [self.rank]]}, _counted)
+        found: dict[str, Any] = self._line.united({digest: [1, [self.rank]]}, _counted, "agree")
         if len(found) == 1:
             return
         kinds = sorted(found.values(), key=lambda each: (-each[0], each[1][0]))[:_SHOWN_KINDS]
         first = [ranks[0] for _, ranks in kinds]
         said = self._line.united(
-            {str(self.rank): dict(facts)} if self.rank in first else {}, lambda a, b: a | b
+            {str(self.rank): dict(facts)} if self.rank in first else {},
+            lambda a, b: a | b,
+            "agree: what differs",
         )
         raise ConfigError(_disagreement(kinds, said))
 
@@ -75,11 +77,14 @@ class World:
             mine: plain data, as JSON has it.
             merge: associative; the lower rank's comes first.
         """
-        return mine if self._line is None else self._line.united(mine, merge)
+        return self._united(mine, merge, "united")
 
     def gathered(self, mine: T) -> list[T]:
         """What every rank gives, by rank, on all of them. Plain data, and little of it."""
-        return self.united([mine], lambda a, b: a + b)
+        return self._united([mine], lambda a, b: a + b, "gathered")
+
+    def _united(self, mine: T, merge: Callable[[T, T], T], label: str) -> T:
+        return mine if self._line is None else self._line.united(mine, merge, label)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -87,7 +92,8 @@ class World:
         if self._line is None:
             return (socket.gethostname(),) * self.size
         if not self._line.hosts:
-            self._line.hosts = tuple(self.gathered(socket.gethostname()))
+            each = self._line.united([socket.gethostname()], lambda a, b: a + b, "hosts")
+            self._line.hosts = tuple(each)
         return self._line.hosts
 
     @property
@@ -129,7 +135,10 @@ def together(device: str | None = None) -> Iterator[World]:
     if store is None:
         yield ALONE if size == 1 else World(rank, size)
         return
-    with joined(store, rank, size, f"bioinit/{next(_meetings)}") as world:
+    number = next(_meetings)
+    # The launcher starts ranks apart; those that have met do the same since.
+    pace = PACE if number == 1 else PACE._replace(join=min(PACE.join, PACE.again))
+    with joined(store, rank, size, f"bioinit/{number}", pace) as world:
         yield world
 
 
@@ -164,7 +173,7 @@ def _disagreement(kinds: list[Any], said: Mapping[str, Mapping[str, str]]) -> st
     for count, ranks in others:
         mine, theirs = said[str(reference)], said[str(ranks[0])]
         facts = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        who = named(tuple(ranks[:8])) + (f" and {count - 8} more" if count > 8 else "")
+        who = named(tuple(ranks), count=count)
         verb = "differs" if count == 1 else "differ"
         lines.append(f"{who} {verb} from rank {reference} in {', '.join(facts[:_SHOWN_FACTS])}:")
         for name in facts[:_SHOWN_FACTS]:

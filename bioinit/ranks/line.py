@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from bioinit.errors import ConfigError
 from bioinit.ranks.failure import ECHO, Failure
 from bioinit.ranks.store import Store
 from bioinit.ranks.watch import Pace, Watch
@@ -29,8 +30,6 @@ class Line:
 
     def __init__(self, store: Store, rank: int, size: int, pace: Pace) -> None:
         self.rank, self.size = rank, size
-        self.operations = 0
-        """How many times the store was spoken to, questions of a wait not counted."""
         self._store = store
         self._pace = pace.of(size)
         self._slowest = min(0.5, max(0.02, size / 20_000))
@@ -46,7 +45,7 @@ class Line:
         try:
             try:
                 yield
-                self._finish()
+                self.united(None, _neither, "the end")
             except BaseException as error:
                 self._fail(error)
                 raise
@@ -64,16 +63,35 @@ class Line:
     def check(self) -> None:
         self._watch.check()
 
-    def united(self, mine: T, merge: Callable[[T, T], T]) -> T:
-        """Reduce along a binary tree of ranks to rank 0, which publishes the result."""
+    def united(self, mine: T, merge: Callable[[T, T], T], label: str) -> T:
+        """Reduce along a binary tree of ranks to rank 0, which publishes the result.
+
+        Args:
+            mine: what this rank gives.
+            merge: makes one of two.
+            label: what this turn is for. All turns are alike but for it, so ranks that are not at
+                the same one find out, and do not wait for each other.
+
+        Raises:
+            ConfigError: another rank is at something else.
+        """
         self._turn += 1
         step = 1
         while step < self.size:
             if self.rank & step:
-                self._send(f"up/{self._turn}/{self.rank}", mine)
+                self._send(f"up/{self._turn}/{self.rank}", [label, mine])
                 break
-            if self.rank + step < self.size:
-                mine = merge(mine, self._take(f"up/{self._turn}/{self.rank + step}"))
+            other = self.rank + step
+            if other < self.size:
+                theirs, given = self._take(f"up/{self._turn}/{other}")
+                if theirs != label:
+                    raise ConfigError(
+                        f"rank {other} came to {theirs!r} when rank {self.rank} came to {label!r}: "
+                        f"turn {self._turn} of what they do together. All ranks have to make the "
+                        "same calls of bioinit in the same order; look for one that only some of "
+                        "them make (`if rank == 0:`)."
+                    )
+                mine = merge(mine, given)
             step *= 2
         # All have read the result of the last turn: they have sent something since.
         if self.rank == 0:
@@ -90,14 +108,14 @@ class Line:
         with self._reaching():
             for number in range(1, count):
                 part = held[number * PART_BYTES : (number + 1) * PART_BYTES]
-                self._set(f"{key}/{number}", part)
-            self._set(key, b"%d:" % count + held[:PART_BYTES])
+                self._store.set(f"{key}/{number}", part)
+            self._store.set(key, b"%d:" % count + held[:PART_BYTES])
 
     def _read(self, key: str) -> Any:
         self._await(key)
         with self._reaching():
-            count, _, held = self._get(key).partition(b":")
-            parts = [self._get(f"{key}/{number}") for number in range(1, int(count))]
+            count, _, held = bytes(self._store.get(key)).partition(b":")
+            parts = [bytes(self._store.get(f"{key}/{n}")) for n in range(1, int(count))]
         return json.loads(zlib.decompress(b"".join((held, *parts))))
 
     def _take(self, key: str) -> Any:
@@ -114,15 +132,6 @@ class Line:
         while self._store.delete_key(f"{key}/{number}"):
             number += 1
         self._store.delete_key(key)
-        self.operations += number + 1
-
-    def _set(self, key: str, value: bytes) -> None:
-        self.operations += 1
-        self._store.set(key, value)
-
-    def _get(self, key: str) -> bytes:
-        self.operations += 1
-        return bytes(self._store.get(key))
 
     def _await(self, key: str) -> None:
         pause = 0.0005
@@ -144,12 +153,6 @@ class Line:
 
     # -- the end
 
-    def _finish(self) -> None:
-        with self._reaching():
-            if self._store.add("done", 1) == self.size:
-                self._store.set("over", b"1")
-        self._await("over")
-
     def _part(self) -> None:
         """Rank 0, whose process may hold the store, is the last to leave it, and tidies up."""
         gone = self._store.add("gone", 1)
@@ -160,7 +163,7 @@ class Line:
         if not self.rank and gone == self.size:
             self._delete(f"down/{self._turn}")
             beats = (f"beat/{rank}" for rank in range(self.size))
-            for key in (*beats, "done", "over", "gone", "failures"):
+            for key in (*beats, "gone", "failures"):
                 self._store.delete_key(key)
 
     def _fail(self, error: BaseException) -> None:
@@ -215,6 +218,10 @@ def _comes_of(error: BaseException | None, is_cause: Callable[[BaseException], b
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _neither(low: None, high: None) -> None:
+    """What two ranks that give nothing make."""
 
 
 def _is_interrupt(error: BaseException) -> bool:

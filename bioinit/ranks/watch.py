@@ -36,12 +36,17 @@ class Pace(NamedTuple):
     """Without a sign of life, while others show theirs."""
     join: float = 600.0
     """Until every rank has come."""
+    again: float = 120.0
+    """Until every rank has come, where they have met before."""
     heard: float = 5.0
     """That a rank which leaves gives the others to hear the last word."""
     interrupt: float = 2.0
     """From the verdict to the interrupt of a main thread that is still at work."""
     grace: float = 10.0
     """From the verdict to the end of a process whose main thread did not come out."""
+    tidying: float = 25.0
+    """The same, where an error is on its way out and files may be removed for it; from the death
+    of a rank that says nothing."""
 
     def of(self, size: int) -> Pace:
         """The store of 4096 ranks need not answer each of them every second."""
@@ -172,8 +177,17 @@ class Watch:
                 if is_busy and self._since > self.pace.interrupt:
                     self.interrupted = True
                     self._interrupt()
-                if self._since > self.pace.grace:
+                if self._since > self._patience():
                     self._end()
+
+    def _patience(self) -> float:
+        """How long the main thread has, the time of noticing a silent death taken off."""
+        handled = sys._current_exceptions().get(self._owner.ident or 0)
+        # Up to Python 3.11 it is what sys.exc_info() gives there.
+        if not self.raised and handled in (None, (None, None, None)):
+            return self.pace.grace
+        noticing = self.pace.lost if self.verdict is not None and self.verdict.gone else 0.0
+        return max(self.pace.grace, self.pace.tidying - noticing)
 
     def _interrupt(self) -> None:
         is_main = self._owner is threading.main_thread()
@@ -183,11 +197,12 @@ class Watch:
     def _end(self) -> None:
         """The last resort: the main thread is where no exception reaches it."""
         assert self.verdict is not None
+        seconds = self._since
         frame = sys._current_frames().get(self._owner.ident or 0)
         where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
         said = (
             f"error: {self.verdict.error()}\n"
-            f"Rank {self.rank} was still at work {self.pace.grace:.0f} s later, and ends here:\n"
+            f"Rank {self.rank} was still at work {seconds:.0f} s later, and ends here:\n"
             f"{where}"
         )
         os.write(2, said.encode(errors="replace"))
@@ -274,20 +289,25 @@ def absent(ranks: tuple[int, ...], seconds: float) -> Failure:
     return Failure(
         NOBODY,
         "ConfigError",
-        f"{named(ranks)} did not come within {seconds:.0f} s. Every rank has to make the same "
-        "calls in the same order; look whether it is still alive, and what it does instead.",
+        f"{named(ranks)} did not come within {seconds:.0f} s. All ranks have to make the same "
+        "calls of bioinit (initialize, load_weights, save) in the same order; look for one that "
+        "only some make (`if rank == 0:`), and whether the others are still alive.",
         exit_code=2,
         gone=ranks,
     )
 
 
-def named(ranks: tuple[int, ...], most: int = 8) -> str:
-    """``rank 3``, or ``ranks 3, 4 and 5``; many of them as a few and how many more."""
-    if len(ranks) == 1:
+def named(ranks: tuple[int, ...], most: int = 8, count: int = 0) -> str:
+    """``rank 3``, or ``ranks 3, 4 and 5``; many of them as a few and how many more.
+
+    ``count`` is how many there are, where ``ranks`` are the first of them alone.
+    """
+    count = max(count, len(ranks))
+    if count == 1:
         return f"rank {ranks[0]}"
     words = [str(rank) for rank in ranks[:most]]
-    if len(ranks) > most:
-        words.append(f"{len(ranks) - most} more")
+    if count > len(words):
+        words.append(f"{count - len(words)} more")
     return f"ranks {', '.join(words[:-1])} and {words[-1]}"
 
 
