@@ -148,7 +148,13 @@ def plan_of(targets: dict, stored: Mapping, names: object) -> object:
     from bioinit.plan import Model, plan
 
     model = Model(targets, lambda key: "normal")
-    return plan(model, stored, names, init=InitPolicy(on_unused="report"))
+    return plan(
+        model,
+        stored,
+        names,
+        init=InitPolicy(on_unused="report"),
+        share=lambda mine: mine._replace(used=stored.keys()),
+    )
 
 
 def once(folder: str, rank: int, profile: bool, tolerant: bool = True) -> dict[str, object]:

@@ -14,13 +14,25 @@ from bioinit.mapping import Mapping, Names
 from bioinit.plan import Model, plan, unite
 from bioinit.ranks import ALONE, joined
 from bioinit.ranks.watch import Pace
-from bioinit.rules import Each, Part, Rule
+from bioinit.rules import Each, Narrow, Part, Rule, Unflatten
 from bioinit.storage import Folder
 from bioinit.targets import describe
 
 IDENTITY = Names(Mapping.identity(), Mapping.identity())
 STACKED = Names(
     Mapping([Rule("stack", (Part("layers.*.weight", (Each(0, 0),)),)), Rule("**", (Part("**"),))]),
+    Mapping.identity(),
+)
+
+
+PADDED = Names(
+    Mapping(
+        [
+            Rule("odd", (Part("even", (Unflatten(0, (2, 4)),)),)),
+            Rule("rows", (Part("rows", (Narrow(0, 0, 5),)),), fill=True),
+            Rule("**", (Part("**"),)),
+        ]
+    ),
     Mapping.identity(),
 )
 
@@ -130,6 +142,21 @@ def test_layers_inside_of_one_tensor_are_unused_only_if_no_stage_wants_them(comp
     one, found = compared({"stack": torch.ones(8, 4, 4), **rest}, STACKED)
     [left] = one[1]
     assert left.key == "stack" and left.folded == ["layers.{6..7}.weight"]
+    for said, _, _ in found:
+        assert said == one
+
+
+@pytest.mark.parametrize("skip", [(), ("rows", "norm")])
+@pytest.mark.parametrize("size", [2, 6])
+def test_what_is_wrong_with_tensors_that_nobody_wants_is_said_by_however_many_ranks(
+    compared, size, skip
+):
+    """A process that owns little does not place them, and one that owns more does."""
+    tensors = state(odd=torch.ones(9, 4), rows=torch.ones(30, 4))
+    one, found = compared(tensors, PADDED, lambda key, rank: in_stages(key, rank % 2), size, skip)
+    _, _, problems, _, notes = one
+    assert [(kind, key) for kind, key, _ in problems] == [("mismatch", "odd")]
+    assert notes == ("rows beyond the vocabulary are left out: 25 of rows",)
     for said, _, _ in found:
         assert said == one
 

@@ -147,7 +147,7 @@ def test_a_part_of_a_model_is_planned_as_if_everything_had_been_placed(placed):
         Names(Mapping(rules), Mapping.identity()),
         init=InitPolicy(on_unused="report"),
     )
-    assert placed == ["old.7.w", "h.7.w"]
+    assert placed[:2] == ["old.7.w", "h.7.w"]
     (each,) = made.targets.values()
     assert each.claim.sources == ("old.7.w",) and [name for name, _ in each.equal] == ["h.7.w"]
     assert [tensor.key for tensor in made.unused] == [n for n in names[:-1] if ".7." not in n]

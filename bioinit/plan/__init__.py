@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from bioinit.config import InitPolicy
 from bioinit.errors import Problem
@@ -45,6 +46,8 @@ __all__ = [
     "unite",
 ]
 
+
+T = TypeVar("T")
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -118,13 +121,16 @@ def plan(
     if share is not None and (united := share(said)) is not said:
         said, skips = united, _hits(united.claims, of_stored)
         sources.used.update(said.used)
+    sources.look_at_rest(sources.used)
+    misfits = _as_stored({**said.misfits, **sources.misfits}, stored)
+    padding = _as_stored({**said.padding, **sources.padding}, stored)
     unused = [*_unused(sources, said.parts)]
     if said.lacking:
         said = _with_suggestions(said, [tensor.key for tensor in unused if not tensor.parts])
         plans |= {c.key: plans[c.key]._replace(claim=c) for c in said.claims if c.key in plans}
     problems = [
         *said.problems,
-        *_misfits(said.misfits, stored),
+        *_misfits(misfits, stored),
         *_idle(skips, said.claims, stored),
     ]
     if init.on_unused == "error":
@@ -142,8 +148,8 @@ def plan(
         )
     if sources.dropped:
         notes = (*notes, f"stored and not needed: {_by_kind(sources.dropped)}")
-    if said.padding:
-        rows = ", ".join(f"{count} of {name}" for name, count in said.padding.items())
+    if padding:
+        rows = ", ".join(f"{count} of {name}" for name, count in padding.items())
         notes = (*notes, f"rows beyond the vocabulary are left out: {rows}")
     return _total(model.targets, plans, said.claims, unused, problems, skips, stored, notes)
 
@@ -152,6 +158,11 @@ _CURE_OF_PARTS = (
     "Correct the config field that says how many there are, choose layers with init.layers, or set "
     "init.on_unused=report."
 )
+
+
+def _as_stored(said: Mapping[str, T], stored: Mapping[str, StoredTensor]) -> Mapping[str, T]:
+    """What is said of stored tensors, in their order; seldom anything."""
+    return {name: said[name] for name in stored if name in said} if len(said) > 1 else said
 
 
 def _which(tensor: Unused) -> str:

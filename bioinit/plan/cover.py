@@ -134,6 +134,8 @@ class Sources:
         self._runs: dict[Box, Overlap | None] = {}
         self._shared: dict[tuple[Box, Dims, Dims, Dims], Overlap | None] = {}
         self._skip_by_canonical: dict[str, str] = {}
+        self._left: dict[str, str | None] = {}
+        """Stored names that no target can ask for, not placed; the prefix that skips each."""
         converted = {name for c in names.conversions for name in c.sources}
         asked = None if targets is None else wanted(targets, stored, names)
         is_known = without_use(self.disk)
@@ -148,8 +150,21 @@ class Sources:
             if asked is not None and spelled(name) not in asked:
                 if is_known(spelled(name)):
                     self._note_dropped(name, spelled(name))
+                else:
+                    self._left[name] = skip
                 continue
             self._place(name, tensor, skip)
+
+    def look_at_rest(self, used: Collection[str]) -> None:
+        """Note what is wrong with stored tensors that are not ``used`` by anybody.
+
+        After all targets are covered: whoever owns little of a model does not place the rest, and
+        has to say of it what a process that owns more would.
+        """
+        for name, skip in self._left.items():
+            if name not in used:
+                self._place(name, self.stored[name], skip)
+        self._left.clear()
 
     def _place(self, name: str, tensor: StoredTensor, skip: str | None) -> None:
         spelled = self.spelled(name)
