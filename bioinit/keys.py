@@ -48,7 +48,7 @@ class Pattern:
         found = self._regex.fullmatch(key)
         return found.groups() if found else None
 
-    def among(self, keys: Iterable[str]) -> Iterator[str]:
+    def matching(self, keys: Iterable[str]) -> Iterator[str]:
         """Those of ``keys`` that match, in their order; for many keys of which few do."""
         end = self.end
         return (key for key in keys if key.endswith(end) and self.match(key) is not None)

@@ -269,7 +269,7 @@ def rules(
             continue
         outer = (heads.groups, heads.per_group if line.heads == "query" else 1)
         pattern = Pattern(key)
-        rows = next((shapes[k][0] for k in pattern.among(shapes) if shapes[k]), None)
+        rows = next((shapes[k][0] for k in pattern.matching(shapes) if shapes[k]), None)
         # A shape that the heads do not divide differs from the model's, and shows as that.
         sizes = (*outer, heads.channels)
         if rows is not None and rows != numel(sizes):
