@@ -497,22 +497,6 @@ def test_a_mesh_that_is_not_as_the_groups_are_is_refused(monkeypatch, axis):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "said"),
-    [
-        ({"tp": 2}, "there are 1 processes"),
-        ({"tpp": 1}, "an axis 'tpp'.*Closest: 'tp'"),
-        ({"pp": 0}, "pp: 0"),
-        ({"vpp": 2}, "nothing to interleave"),
-        ({"ep": 2}, "do not go into 1"),
-        ({"dp": 3}, "tp \\* pp \\* cp \\* dp is 3"),
-    ],
-)
-def test_a_mesh_that_cannot_be_is_refused(mesh, said):
-    with pytest.raises(ConfigError, match=said):
-        megatron.require_world(mesh)
-
-
-@pytest.mark.parametrize(
     ("axis", "fields", "said"),
     [
         ("tensor_model_parallel", {"num_attention_heads": 3}, "num_attention_heads=3 .* for tp"),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from bioinit.targets import Located, Slot, held_strides, slots
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
+_DIVIDE = ("tp", "pp", "ep", "expt_tp")
 _BY_EXPERT = re.compile(r"(weight|bias)(\d+)")
 
 
@@ -39,13 +41,13 @@ def located(module: nn.Module) -> dict[str, Located]:
     for front, stage in stages(module):
         groups = _Groups.of(stage)
         named = _names(stage, groups)
-        pieces = _pieces(stage) if groups.divide else {}
+        places = _places(stage, groups)
         for slot in slots(stage):
             key = named[slot.key]
             is_copy = _is_copied_embedding(stage, slot.key)
             key = _EMBEDDING if is_copy else key
-            is_expert = ".experts." in f".{key}"
-            shape, boxes = _place(slot, pieces, groups, is_expert)
+            is_expert = _is_expert(key)
+            shape, boxes = places[slot.key]
             replicas = groups.replicas(
                 boxes[0].sizes != shape, is_expert, is_tied=_is_in_both(stage, key)
             )
@@ -92,7 +94,12 @@ class _Groups:
     @property
     def divide(self) -> bool:
         """Whether any of them makes a parameter a part of one."""
-        return any(self.size(name) > 1 for name in ("tp", "pp", "ep", "expt_tp"))
+        return any(self.size(name) > 1 for name in _DIVIDE)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Of each that divides, how many it has and which this process is."""
+        return tuple((self.size(name), self.rank(name)) for name in _DIVIDE)
 
     def size(self, name: str) -> int:
         group = getattr(self.collection, name, None)
@@ -162,8 +169,45 @@ def _is_copied_embedding(stage: Any, live: str) -> bool:
     return bool(is_tied and live == _OUTPUT and not getattr(stage, "pre_process", True))
 
 
+def _is_expert(key: str) -> bool:
+    return ".experts." in f".{key}"
+
+
 def _is_in_both(stage: Any, key: str) -> bool:
     return key == _EMBEDDING and bool(getattr(stage, "share_embeddings_and_output_weights", False))
+
+
+_Places = dict[str, tuple[Dims, tuple[Box, ...]]]
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, _Places]] = WeakKeyDictionary()
+"""What was found of each stage, and how its tensors lay then.
+
+A start asks several times, and every ``sharded_state_dict()`` makes views of every parameter."""
+
+
+def _places(stage: nn.Module, groups: _Groups) -> _Places:
+    """The shape of the whole tensor and the regions of it that are here, by names of ``stage``."""
+    held = list(slots(stage))
+    lie = groups.sizes, tuple(_lies(held))
+    known = _KNOWN.get(stage)
+    if known is not None and known[0] == lie:
+        return known[1]
+    pieces = _pieces(stage) if groups.divide else {}
+    found = {slot.key: _place(slot, pieces, groups, _is_expert(slot.key)) for slot in held}
+    _KNOWN[stage] = lie, found
+    return found
+
+
+def _lies(held: Sequence[Slot]) -> Iterator[tuple[Any, ...]]:
+    """Of each tensor all that decides where it belongs, with memory or without."""
+    first: dict[int, str] = {}
+    for slot in held:
+        tensor: Any = slot.tensor
+        shares = first.setdefault(_memory(tensor), slot.key)
+        marks = (getattr(tensor, mark, None) for mark in _MARKS)
+        yield slot.key, shares, tensor.shape, tensor.stride(), tensor.storage_offset(), *marks
+
+
+_MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
 
 
 def _pieces(stage: Any) -> Mapping[int, Sequence[Any]]:

@@ -20,10 +20,18 @@ from types import ModuleType
 import torch.distributed
 
 from bioinit.errors import ConfigError
-from bioinit.keys import suggestion
 
-AXES = ("tp", "pp", "vpp", "ep", "cp", "dp")
-"""What divides a model of Megatron, or (``cp``, ``dp``) gives it to several processes whole."""
+_AXES = {
+    "tp": "tensor_model_parallel",
+    "pp": "pipeline_model_parallel",
+    "vpp": "virtual_pipeline_model_parallel",
+    "ep": "expert_model_parallel",
+    "cp": "context_parallel",
+    "dp": "data_parallel",
+    "etp": "expert_tensor_parallel",
+}
+"""What divides a model, or (``cp``, ``dp``) gives it to several processes whole; Megatron's words
+for it."""
 
 
 def imported(module: str = "megatron.core") -> ModuleType:
@@ -52,11 +60,11 @@ def require_world(mesh: Mapping[str, int] | None = None) -> None:
     Args:
         mesh: how many ways each axis divides: ``tp``, ``pp``, ``vpp`` (chunks of each stage),
             ``ep``, ``cp`` and ``dp``; what is left out is 1, but for ``dp``, which is what remains.
-            None: as the groups are, or as one process needs them.
+            Whether it fits the processes, ``parallelize.decided`` has judged. None: as the groups
+            are, or as one process needs them.
 
     Raises:
-        ConfigError: the axes do not go into the processes that there are, or groups exist already
-            and are others.
+        ConfigError: groups exist already and are others, or processes have not met.
     """
     parallel_state = imported("megatron.core.parallel_state")
     if not torch.distributed.is_available():
@@ -71,14 +79,12 @@ def require_world(mesh: Mapping[str, int] | None = None) -> None:
                 f"this process is one of WORLD_SIZE={launched}, and they have not met yet: what is "
                 "built now could not join them. Call torch.distributed.init_process_group() first."
             )
-        _check(dict(mesh or {}), 1)
         with _on_loopback():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     processes = torch.distributed.get_world_size()
-    asked = _check(dict(mesh or {}), processes)
     if parallel_state.model_parallel_is_initialized():
-        _compare({axis: asked[axis] for axis in mesh or ()}, sizes())
+        _compare(mesh or {}, sizes())
         return
     if mesh is None and processes != 1:
         raise ConfigError(
@@ -86,6 +92,7 @@ def require_world(mesh: Mapping[str, int] | None = None) -> None:
             "they share a model. Say placement.mesh={tp: ..., pp: ...}, or call "
             "megatron.core.parallel_state.initialize_model_parallel() in all of them first."
         )
+    asked = dict.fromkeys(_AXES, 1) | dict(mesh or {})
     with _on_loopback():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=asked["tp"],
@@ -100,49 +107,8 @@ def sizes() -> dict[str, int]:
     """How many ways each axis of Megatron's groups divides; none where there are no groups."""
     state = imported("megatron.core.parallel_state")
     if not state.model_parallel_is_initialized():
-        return dict.fromkeys((*AXES, "etp"), 1)
-    return {
-        "tp": state.get_tensor_model_parallel_world_size(),
-        "pp": state.get_pipeline_model_parallel_world_size(),
-        "vpp": state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "ep": state.get_expert_model_parallel_world_size(),
-        "cp": state.get_context_parallel_world_size(),
-        "dp": state.get_data_parallel_world_size(),
-        "etp": state.get_expert_tensor_parallel_world_size(),
-    }
-
-
-def _check(mesh: dict[str, int], processes: int) -> dict[str, int]:
-    """Every axis with its size, where they go into ``processes``."""
-    for axis, ways in mesh.items():
-        if axis not in AXES:
-            raise ConfigError(
-                f"placement.mesh has an axis {axis!r}, and a model of megatron-core has "
-                f"{', '.join(AXES)}. {suggestion(axis, AXES)}".strip()
-            )
-        if ways < 1:
-            raise ConfigError(f"placement.mesh says {axis}: {ways}. Give each axis 1 or more.")
-    found = {**dict.fromkeys(AXES, 1), **mesh}
-    model = found["tp"] * found["pp"] * found["cp"]
-    found["dp"] = mesh.get("dp", max(1, processes // model))
-    said = f"placement.mesh={ {axis: mesh[axis] for axis in AXES if axis in mesh} }"
-    if model * found["dp"] != processes:
-        raise ConfigError(
-            f"{said}, and tp * pp * cp * dp is {model * found['dp']}, but there are {processes} "
-            "processes. Change the mesh, or start as many processes."
-        )
-    experts = found["tp"] * found["ep"] * found["pp"]
-    if processes % experts:
-        raise ConfigError(
-            f"{said}: experts are divided over tp * ep * pp = {experts} processes, which do not go "
-            f"into {processes}. Let ep divide cp * dp = {found['cp'] * found['dp']}."
-        )
-    if found["vpp"] > 1 and found["pp"] == 1:
-        raise ConfigError(
-            f"{said}: a pipeline of one stage has nothing to interleave. Leave vpp out, or give pp "
-            "2 or more."
-        )
-    return found
+        return dict.fromkeys(_AXES, 1)
+    return {axis: getattr(state, f"get_{name}_world_size")() or 1 for axis, name in _AXES.items()}
 
 
 def _compare(asked: Mapping[str, int], there: Mapping[str, int]) -> None:
