@@ -4,6 +4,7 @@ import itertools
 import tempfile
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from bioinit.config import InitPolicy
 from bioinit.errors import PlanError, StorageError
 from bioinit.families import open_checkpoint
 from bioinit.layout import Overlap
-from bioinit.load import exchange, execute
+from bioinit.load import exchange, execute, groups
 from bioinit.load.exchange import Share, Stretch, divided, is_worth_it, packets
+from bioinit.load.groups import Groups, rounds
 from bioinit.mapping import Conversion, Mapping, Names
 from bioinit.plan import Model, plan
 from bioinit.ranks import ALONE
@@ -107,17 +109,56 @@ def test_reading_is_shared_where_replicas_sit_on_different_hosts(mode, replicas,
     assert not is_worth_it(mode, targets, ALONE)
 
 
-def test_a_group_is_made_once_for_as_long_as_it_lives():
+@pytest.fixture
+def own_world():
     if torch.distributed.is_initialized():
         pytest.skip("this process has a world of its own")
-    found = []
-    for _ in range(2):
+
+    def meet():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        found += [exchange._group((0,), torch.device("cpu")) for _ in range(2)]
-        torch.distributed.destroy_process_group()
+
+    yield meet
+    torch.distributed.destroy_process_group()
+
+
+def group():
+    """The group of this rank, as an exchange finds it."""
+    with Groups.of_all([(0,)], torch.device("cpu"), ALONE).used((0,)) as found:
+        return found
+
+
+def test_a_group_is_made_once_for_as_long_as_it_lives(own_world):
+    own_world()
+    found = [group(), group()]
+    torch.distributed.destroy_process_group()
+    own_world()
+    found += [group(), group()]
     assert found[0] is found[1] and found[2] is found[3]
     assert found[0] is not found[2]
+
+
+def test_a_group_in_which_sending_failed_is_not_used_again(own_world):
+    own_world()
+    groups = Groups.of_all([(0,)], torch.device("cpu"), ALONE)
+    failed = group()
+    with pytest.raises(StorageError), groups.used((0,)):
+        raise StorageError("the cable is cut")
+    assert group() is not failed
+    end = time.monotonic() + 10
+    while failed in torch.distributed.distributed_c10d._world.pg_map and time.monotonic() < end:
+        time.sleep(0.01)
+    assert failed not in torch.distributed.distributed_c10d._world.pg_map
+
+
+def test_no_rank_is_in_two_groups_of_one_turn():
+    groups = [(0, 1), (1, 2), (2, 3), (0, 3), (4, 5), (0, 1, 2, 3)]
+    turns = rounds(reversed(groups))
+    assert sorted(each for turn in turns for each in turn) == sorted(groups)
+    assert len(turns) == 3
+    for turn in turns:
+        ranks = [rank for group in turn for rank in group]
+        assert len(ranks) == len(set(ranks))
 
 
 # -- in several processes
@@ -167,11 +208,15 @@ MADE = Conversion(
 
 
 def load(folder, module, replicas, world, parallel=True, **policy):
-    """Load ``module``, whose targets these ranks hold alike, or as its DTensors say."""
+    """Load ``module``, whose targets these ranks hold alike, or as its DTensors say.
+
+    ``replicas`` may also be what gives those of a key.
+    """
     with open_checkpoint(folder) as checkpoint:
         targets = describe(module)
         if replicas:
-            targets = {key: each._replace(replicas=replicas) for key, each in targets.items()}
+            of = replicas if callable(replicas) else lambda key: replicas
+            targets = {key: each._replace(replicas=of(key)) for key, each in targets.items()}
         made = (MADE,) if "made" in targets else ()
         planned = plan(
             Model(targets, lambda key: "nothing"),
@@ -224,30 +269,6 @@ def sharded(mesh):
     return module
 
 
-def two_ranks(folder):
-    alone = on_meta()
-    whole = load(folder, alone, (), ALONE).bytes_read
-    found = {}
-    with ranks.together() as world:
-        for turn in range(2):
-            module = on_meta()
-            known = divided.cache_info().hits
-            report = load(folder, module, (0, 1), world)
-            assert_holds(module, alone)
-            assert module.turned.stride() == alone.turned.stride()
-            assert (divided.cache_info().hits > known) == (turn == 1)
-            found[f"ddp {turn}"] = report.bytes_read / whole
-        groups = dict(exchange._groups)
-        module = Mixed()
-        load(folder, module, (0, 1), world)
-        assert_holds(module, alone)
-        assert exchange._groups == groups and len(groups) == 1
-        report = load(folder, on_meta(), (0, 1), world, parallel=False)
-        found["off"] = report.bytes_read / whole
-    one_hears_of_duplicates()
-    return found | one_fails(folder)
-
-
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -267,27 +288,81 @@ def one_hears_of_duplicates():
             save_file(state, Path(folder) / "model.safetensors")
             module = BACKEND.build(Tied)
             with pytest.raises(PlanError, match="the copies differ"), ranks.together() as world:
-                load(folder, module, (0, 1), world)
+                load(folder, module, EVERYBODY, world)
         assert module.embed.weight.is_meta
+
+
+@contextmanager
+def instead(owner, name, function):
+    """``function`` in the place of a method, which it gets as its first argument."""
+    was = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: function(was, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(owner, name, was)
 
 
 def one_fails(folder):
     """What each rank hears of a disk that fails under one of them, and after how long."""
-    was = File.read_into
 
-    def failing(self, *args, **kwargs):
+    def failing(was, *args):
         if torch.distributed.get_rank() == 1:
             raise StorageError("the disk is gone")
-        return was(self, *args, **kwargs)
+        return was(*args)
 
-    File.read_into = failing
     module = on_meta()
     started = time.monotonic()
-    with pytest.raises(StorageError) as raised, ranks.together() as world:
-        load(folder, module, (0, 1), world)
-    File.read_into = was
+    with instead(File, "read_into", failing):
+        with pytest.raises(StorageError) as raised, ranks.together() as world:
+            load(folder, module, EVERYBODY, world)
     assert all(parameter.is_meta for parameter in module.parameters())
     return {"failure": str(raised.value), "seconds": time.monotonic() - started}
+
+
+def one_stops_sending(folder, alone):
+    """What was half sent is never taken for what a later start sends."""
+
+    def failing(was, *args):
+        if torch.distributed.get_rank() == 1:
+            raise StorageError("the cable is cut")
+        return was(*args)
+
+    before = dict(groups._known)
+    module = on_meta()
+    with instead(exchange.Exchange, "_sent", failing):
+        with pytest.raises(StorageError, match="the cable is cut"), ranks.together() as world:
+            load(folder, module, EVERYBODY, world)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    with ranks.together() as world:
+        load(folder, module, EVERYBODY, world)
+    assert_holds(module, alone)
+    assert groups._known[EVERYBODY, "cpu"] is not before[EVERYBODY, "cpu"]
+
+
+def ones_partners_are_busy(folder, alone, world):
+    """Rank 1 sends to rank 0 for longer than rank 2 would wait for a piece."""
+
+    def of(key):
+        found = (0, 1) if key.startswith("body") else (1, 2)
+        return found if world.rank in found else ()
+
+    def sent(was, self, packet, ranks, group):
+        if ranks == (0, 1) and not slow:
+            slow.append(time.sleep(4))
+        return was(self, packet, ranks, group)
+
+    slow = []
+    module = on_meta()
+    groups.TIMEOUT, was = timedelta(seconds=2), groups.TIMEOUT
+    with instead(exchange.Exchange, "_sent", sent):
+        read = load(folder, module, of, world).bytes_read
+    groups.TIMEOUT = was
+    assert_holds(module, alone)
+    return read
+
+
+EVERYBODY = (0, 1, 2, 3)
 
 
 def four_ranks(folder):
@@ -301,14 +376,30 @@ def four_ranks(folder):
         module = sharded(mesh)
         found["hsdp 2x2"] = load(folder, module, (), world).bytes_read / whole
         assert_holds(module, alone)
-        module = on_meta()
-        found["ddp"] = load(folder, module, (0, 1, 2, 3), world).bytes_read / whole
+        # Before there is any other group: members have different numbers of them.
+        found["chain"] = ones_partners_are_busy(folder, alone, world) / whole
+        for turn in range(2):
+            module = on_meta()
+            known = divided.cache_info().hits
+            report = load(folder, module, EVERYBODY, world)
+            assert_holds(module, alone)
+            assert module.turned.stride() == alone.turned.stride()
+            assert (divided.cache_info().hits > known) == (turn == 1)
+            found[f"ddp {turn}"] = report.bytes_read / whole
+        made = dict(groups._known)
+        module = Mixed()
+        load(folder, module, EVERYBODY, world)
         assert_holds(module, alone)
+        assert groups._known == made
         pairs = (0, 2) if world.rank % 2 == 0 else (1, 3)
         module = on_meta()
         found["pairs"] = load(folder, module, pairs, world).bytes_read / whole
         assert_holds(module, alone)
-    return found
+        report = load(folder, on_meta(), pairs, world, parallel=False)
+        found["off"] = report.bytes_read / whole
+    one_hears_of_duplicates()
+    one_stops_sending(folder, alone)
+    return found | one_fails(folder)
 
 
 @contextmanager
@@ -318,26 +409,43 @@ def written():
         yield folder
 
 
-@dist
-def test_two_replicas_read_every_byte_once_and_have_all_of_them_or_none():
+@pytest.fixture(scope="module")
+def parts():
+    """What each of four ranks found in all cells."""
     with written() as folder:
-        parts = together(2, two_ranks, folder)
-    for name in ("ddp 0", "ddp 1"):
-        read = [part[name] for part in parts]
-        assert sum(read) <= 1.02, (name, read)
-        assert max(read) < 0.55, (name, read)
-    assert [part["off"] for part in parts] == [1.0, 1.0]
+        return together(4, four_ranks, folder)
+
+
+@dist
+@pytest.mark.parametrize(
+    ("cell", "times", "most"), [("ddp 0", 1, 0.28), ("ddp 1", 1, 0.28), ("pairs", 2, 0.55)]
+)
+def test_replicas_read_every_byte_once_and_have_all_of_them(parts, cell, times, most):
+    read = [part[cell] for part in parts]
+    assert sum(read) == pytest.approx(times, rel=0.02)
+    assert max(read) < most
+
+
+@dist
+def test_replicas_of_shards_read_every_byte_once_and_have_all_of_them(parts):
+    # What is made is made whole by whoever holds a shard of it, and the rest once.
+    assert sum(part["hsdp 2x2"] for part in parts) <= 1.02
+
+
+@dist
+def test_a_rank_waits_for_a_partner_that_sends_to_others(parts):
+    # Rank 3 shares nothing, rank 1 everything; each other one reads the other half by itself.
+    assert parts[1]["chain"] < 0.55 and parts[3]["chain"] == 1
+    assert sum(part["chain"] for part in parts) == pytest.approx(3, rel=0.02)
+
+
+@dist
+def test_without_sharing_every_replica_reads_everything(parts):
+    assert [part["off"] for part in parts] == [1.0] * 4
+
+
+@dist
+def test_a_rank_that_cannot_read_ends_all_of_them(parts):
     assert all("the disk is gone" in part["failure"] for part in parts)
     assert parts[0]["failure"].startswith("rank 1:")
     assert max(part["seconds"] for part in parts) < 30
-
-
-@dist
-def test_replicas_of_shards_read_every_byte_once_and_have_all_of_them():
-    with written() as folder:
-        parts = together(4, four_ranks, folder)
-    # What is made is made whole by whoever holds a shard of it, and the rest once.
-    assert sum(part["hsdp 2x2"] for part in parts) <= 1.02
-    assert sum(part["ddp"] for part in parts) <= 1.02
-    assert max(part["ddp"] for part in parts) < 0.3
-    assert sum(part["pairs"] for part in parts) == pytest.approx(2, rel=0.02)

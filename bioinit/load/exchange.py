@@ -16,7 +16,6 @@ import operator
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 from torch import distributed
 
 from bioinit.layout import Overlap, restrict
+from bioinit.load.groups import Groups, rounds
 from bioinit.load.transfer import Progress
 from bioinit.plan import Copy, TargetPlan
 from bioinit.ranks import ALONE, World
@@ -39,9 +39,6 @@ BUNDLE_BYTES = 4 * 2**20
 """What is shorter than a quarter of this is sent in a buffer together with its neighbours."""
 
 IN_FLIGHT = 4
-
-TIMEOUT = timedelta(seconds=60)
-"""For one piece. All have read when the first is sent, so none waits for a disk."""
 
 
 class Share(NamedTuple):
@@ -151,17 +148,24 @@ class Exchange:
         """
         if self._world.size == 1:
             return
-        # Whoever sends has read everything: from here on, only a process that dies keeps others.
-        self._world.united(0, max)
-        for ranks in sorted(self._stretches):
-            group = _group(ranks, device)
-            under_way: deque[_Flight] = deque()
-            for packet in packets(self._stretches[ranks], self._width):
-                if len(under_way) == IN_FLIGHT:
-                    under_way.popleft().land(self._world)
-                under_way.append(self._sent(packet, ranks, group))
-            for flight in under_way:
-                flight.land(self._world)
+        # Whoever answers has read everything: from here on, only a process that dies keeps others.
+        groups = Groups.of_all(self._stretches, device, self._world)
+        for turn in rounds(groups.everybodys):
+            for ranks in turn:
+                if ranks in self._stretches:
+                    with groups.used(ranks) as group:
+                        self._send(ranks, group)
+            # A rank is in several groups: nobody begins one while a partner is in another.
+            self._world.united(0, max)
+
+    def _send(self, ranks: tuple[int, ...], group: Any) -> None:
+        under_way: deque[_Flight] = deque()
+        for packet in packets(self._stretches[ranks], self._width):
+            if len(under_way) == IN_FLIGHT:
+                under_way.popleft().land(self._world)
+            under_way.append(self._sent(packet, ranks, group))
+        for flight in under_way:
+            flight.land(self._world)
 
     def _width(self, key: str) -> int:
         return self._memory[key].element_size()
@@ -343,32 +347,3 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> N
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
-
-
-_groups: dict[tuple[tuple[int, ...], str], Any] = {}
-
-
-def _group(ranks: tuple[int, ...], device: torch.device) -> Any:
-    """The process group of ``ranks``, all of which ask for it; made once for as long as it lives.
-
-    Only they meet for it: a world has a group for every shard, and each rank is in a few. All ask
-    in the same order, so none waits for one that waits for it.
-    """
-    known = _groups.get((ranks, device.type))
-    if known is None or not _is_alive(known):
-        is_cpu = device.type == "cpu"
-        known = distributed.new_group(
-            list(ranks),
-            backend="gloo" if is_cpu else None,
-            timeout=TIMEOUT if is_cpu else None,
-            use_local_synchronization=True,
-        )
-        _groups[(ranks, device.type)] = known
-    return known
-
-
-def _is_alive(group: Any) -> bool:
-    try:
-        return bool(distributed.get_process_group_ranks(group))
-    except KeyError:
-        return False
