@@ -1,6 +1,7 @@
 """Loading: bytes straight into place, exactly, and nothing half-done in the caller's hands."""
 
 import os
+import re
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import bioinit
 from bioinit.errors import ConfigError, CorruptCheckpoint, PlanError, StorageError
 from bioinit.load.memory import HUGE_PAGE, allocate
+from bioinit.load.parameters import FullySharded
 from bioinit.storage import File
 
 CPU = torch.device("cpu")
@@ -410,3 +412,22 @@ def test_new_parameters_on_a_gpu_leave_its_random_state_alone(stored):
     before = torch.cuda.get_rng_state()
     bioinit.load_weights(on_meta(), stored[0], skip_prefixes=("wide",), device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_a_torch_that_keeps_shards_in_another_way_is_refused(monkeypatch):
+    from torch.distributed import fsdp
+
+    class Sharded(nn.Linear):
+        def _get_fsdp_state(self):
+            return self
+
+    monkeypatch.setattr(fsdp, "FSDPModule", Sharded)
+    module = Sharded(2, 2, device="meta")
+    with pytest.raises(ConfigError, match=f"torch {re.escape(torch.__version__)} keeps .*_groups"):
+        FullySharded(module)
+    # What is kept of a parameter is asked for, too, before anything is allocated.
+    parameter = type("Kept", (), {"sharded_param": module.weight})()
+    group = type("Group", (), {"fsdp_params": [parameter]})()
+    module._fsdp_param_groups = [group]
+    with pytest.raises(ConfigError, match="padded_sharded_param_size"):
+        FullySharded(module)

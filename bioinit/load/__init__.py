@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from bioinit.formats.protocol import StoredTensor
 from bioinit.layout import fold, row_major
 from bioinit.load.exchange import NOBODY, heeding, shared
 from bioinit.load.initial import Watching, own_random_state, reset_parameters
-from bioinit.load.parameters import FullySharded, counted, is_finite, set_requires_grad
+from bioinit.load.parameters import FullySharded, counted, is_finite, put, set_requires_grad
 from bioinit.load.transfer import Job, Progress, Transfer
 from bioinit.load.twin import New, initialize_divided, knows, undivided
 from bioinit.mapping import Conversion
@@ -172,10 +171,7 @@ class _Load:
 
     def _put(self, slot: Slot, tensor: torch.Tensor) -> None:
         self._before.append((slot, slot.tensor))
-        registry: dict[str, Any] = (
-            slot.module._buffers if slot.is_buffer else slot.module._parameters
-        )
-        registry[slot.name] = tensor
+        put(slot, tensor)
 
     def initialize(
         self,
@@ -210,7 +206,6 @@ class _Load:
                 make=make,
                 seed=seed,
                 device=self.device,
-                room=sum(local(self.live[slot]).nbytes for slot in divided) // 4,
             )
         return [
             Problem(
@@ -351,10 +346,7 @@ class _Load:
     def restore(self, error: BaseException) -> None:
         """Put back what was on meta; say of the rest which parameters are not as they were."""
         for slot, tensor in reversed(self._before):
-            registry: dict[str, Any] = (
-                slot.module._buffers if slot.is_buffer else slot.module._parameters
-            )
-            registry[slot.name] = tensor
+            put(slot, tensor)
         for parameter, is_trained in self._trained:
             parameter.requires_grad_(is_trained)
         made = set(map(self.key, self._made))

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from bioinit.config import InitPolicy
+from bioinit.errors import ConfigError
 from bioinit.keys import Pattern
 from bioinit.layout import numel
 from bioinit.load.memory import allocate
 from bioinit.ranks import World
-from bioinit.targets import Target, held_strides, is_divided, local
+from bioinit.targets import Slot, Target, held_strides, is_divided, local
 
 
 class FullySharded:
@@ -36,11 +37,11 @@ class FullySharded:
         kept = self._kept.get(id(tensor))
         shape = tuple(held.shape)
         if kept is None or tuple(kept.padded_sharded_param_size) == shape:
-            return _like(tensor, allocate(shape, dtype, device, held_strides(held)))
+            return like(tensor, allocate(shape, dtype, device, held_strides(held)))
         memory = allocate(tuple(kept.padded_sharded_param_size), dtype, device)
         memory[shape[0] :].zero_()
         self._padded.append((kept, memory))
-        return _like(tensor, memory[: shape[0]])
+        return like(tensor, memory[: shape[0]])
 
     def adopt(self) -> None:
         """Tell it of the memory that its parameters have now."""
@@ -52,19 +53,57 @@ class FullySharded:
                 kept.reset_sharded_param()
 
 
+_READ_OF_FSDP = (
+    "sharded_param",
+    "padded_sharded_param_size",
+    "reset_sharded_param",
+    "_sharded_param_data",
+    "_module_info",
+)
+
+
 def _kept(root: nn.Module) -> Iterator[Any]:
+    """What ``fully_shard`` keeps of each parameter; nothing of it is public.
+
+    Raises:
+        ConfigError: this torch keeps it in another way.
+    """
     # Whoever called fully_shard has imported it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None:
         return
     for module in root.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                yield from group.fsdp_params
+        if isinstance(module, kind):
+            try:
+                kept = [
+                    each
+                    for group in module._get_fsdp_state()._fsdp_param_groups
+                    for each in group.fsdp_params
+                ]
+                for each in kept:
+                    for name in _READ_OF_FSDP:
+                        getattr(each, name)
+            except AttributeError as error:
+                raise ConfigError(
+                    f"torch {torch.__version__} keeps what fully_shard divides in a way that "
+                    f"bioinit does not know ({error}). Install the torch that constraints.txt "
+                    "names, or set placement.strategy to ddp or tp."
+                ) from error
+            yield from kept
 
 
-def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """``memory`` as the same kind of parameter or buffer as ``tensor``, attributes included."""
+def put(slot: Slot, tensor: torch.Tensor) -> None:
+    """Make ``tensor`` what the module of ``slot`` holds there."""
+    registry: dict[str, Any] = slot.module._buffers if slot.is_buffer else slot.module._parameters
+    registry[slot.name] = tensor
+
+
+def like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory`` as the same kind of parameter or buffer as ``tensor``, attributes included.
+
+    Of a DTensor it is the local memory.
+    """
     is_parameter = isinstance(tensor, nn.Parameter)
     if is_divided(tensor):
         described: Any = (

@@ -9,7 +9,7 @@ them and gives the memory back.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +18,11 @@ from bioinit.backends.protocol import Backend
 from bioinit.layout import Dims, numel
 from bioinit.load.initial import Watching, own_random_state
 from bioinit.load.memory import allocate
+from bioinit.load.parameters import like, put
 from bioinit.targets import Slot, held_strides, is_divided, slots
 
 WHOLE_BYTES = 64 * 2**20
-"""Whole tensors that lie side by side; more only if a module has more, or the shards are large."""
+"""Whole tensors that lie side by side; more only if one module has more."""
 
 
 class New(NamedTuple):
@@ -45,7 +46,6 @@ def initialize_divided(
     make: Callable[[], nn.Module],
     seed: int,
     device: torch.device,
-    room: int,
 ) -> set[str]:
     """Make the first values that the tensors of ``new`` have in one process.
 
@@ -58,14 +58,13 @@ def initialize_divided(
         make: the constructor of the model, as ``backend`` wants it.
         seed: of the values.
         device: where values are made; those of a GPU are not those of a CPU.
-        room: bytes that whole tensors may take; one module's may take more.
 
     Returns:
         The keys that got a value.
     """
     model = _Twin(twin)
     given: set[str] = set()
-    for keys in _batches(new, max(WHOLE_BYTES, room)):
+    for keys in _batches(new, WHOLE_BYTES):
         owners = {key: model.owner(key) for key in keys}
         before = model.materialize({owner: new[key].dtype for key, owner in owners.items()}, device)
         try:
@@ -104,7 +103,7 @@ def undivided(module: nn.Module) -> nn.Module:
         if id(tensor) not in tensors:
             strides = held_strides(tensor)
             empty = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
-            tensors[id(tensor)] = _like(tensor, empty)
+            tensors[id(tensor)] = _whole(tensor, empty)
         return tensors[id(tensor)]
 
     def twin(inner: nn.Module) -> nn.Module:
@@ -162,32 +161,23 @@ class _Twin:
             if owner not in made:
                 shape, strides = tuple(slot.tensor.shape), held_strides(slot.tensor)
                 memory = allocate(shape, wanted[owner], device, strides)
-                made[owner] = _like(slot.tensor, memory)
+                made[owner] = _whole(slot.tensor, memory)
             before.append((slot, slot.tensor))
-            _registry(slot)[slot.name] = made[owner]
+            put(slot, made[owner])
         return before
 
     def put_back(self, before: Sequence[tuple[Slot, torch.Tensor]]) -> None:
         for slot, tensor in before:
-            _registry(slot)[slot.name] = tensor
+            put(slot, tensor)
 
 
-def _registry(slot: Slot) -> dict[str, Any]:
-    return slot.module._buffers if slot.is_buffer else slot.module._parameters
-
-
-def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """``memory`` as a parameter or a buffer, as ``tensor`` is, attributes included."""
+def _whole(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """``memory``, which holds the whole of it, as a parameter or a buffer, as ``tensor`` is."""
+    if not is_divided(tensor):
+        return like(tensor, memory)
     if not isinstance(tensor, nn.Parameter):
         return memory
-    new: torch.Tensor
-    if is_divided(tensor) or type(tensor) is nn.Parameter:
-        new = nn.Parameter(memory, requires_grad=tensor.requires_grad)
-    else:
-        new = torch.Tensor._make_subclass(type(tensor), memory, tensor.requires_grad)
-    if not is_divided(tensor):
-        vars(new).update(vars(tensor))
-    return new
+    return nn.Parameter(memory, requires_grad=tensor.requires_grad)
 
 
 def _batches(new: Mapping[str, New], limit: int) -> Iterator[list[str]]:
