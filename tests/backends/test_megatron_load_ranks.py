@@ -1,8 +1,10 @@
 """Checkpoints loaded into models of megatron-core that are divided among processes."""
 
 import importlib.util
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
 ZARR = tuple(
@@ -51,12 +54,20 @@ LOADED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "zarr": ("biobert/masked_lm", "zarr/bert_fp32_tp1_mcore0.12.3", ZARR),
     "tied": ("llama/causal_lm", "tied", ()),
     "bert": ("biobert/masked_lm", "bert", ()),
+    "deep": ("llama/causal_lm", "deep", ()),
+    "deep nemo2": ("llama/causal_lm", "deep.nemo2", ()),
+    "deep zarr": ("llama/causal_lm", "deep.zarr", ()),
 }
 """Recipe, checkpoint and more words, by the name of the case."""
+DEEP = ("deep", "deep nemo2", "deep zarr")
+"""One model with a layer for every chunk; the stacked ones were written by halves."""
+DRAWN = {"new head": ("output_layer.weight",)}
+"""What the checkpoint does not give."""
 
 LOADED_BY_TWO: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
     ({"tp": 2}, tuple(LOADED)),
     ({"pp": 2}, tuple(LOADED)),
+    ({"pp": 2, "vpp": 2}, DEEP),
     ({"ep": 2}, ("mixtral",)),
 )
 LOADED_BY_FOUR: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
@@ -112,11 +123,14 @@ def loads(meshes: Any, path: str, where: Mapping[str, str]) -> None:
         for case in cases:
             state, logits = expected[case]
             gated = LOADED[case][0] != "biobert/masked_lm"
-            divisor = {"zarr": 64, "tied": 1}.get(case, 128)
+            divisor = {"zarr": 64, "tied": 1, **dict.fromkeys(DEEP, 1)}.get(case, 128)
             asked = {"tied": case in ("tied", "bert"), "gated": gated, "divisor": divisor}
-            model = start(case, where, *words_for(mesh))
+            with told_of_parts() as told:
+                model = start(case, where, *words_for(mesh))
+            assert told == [1] * mesh.get("vpp", 1), (mesh, case, told)
             held = {key: p.detach() for key, p in model.named_parameters()}
-            assert not (wrong := differing(held, state, **asked)), (mesh, case, wrong)
+            wrong = differing(held, state, drawn=DRAWN.get(case, ()), **asked)
+            assert not wrong, (mesh, case, wrong)
             if mesh == {"tp": 2} and case != "mixtral":
                 here = computed(model)
                 first = place().tp_rank * here.shape[-1]
@@ -128,11 +142,34 @@ def loads(meshes: Any, path: str, where: Mapping[str, str]) -> None:
                 here = through_stages(model, model.config.hidden_size)
                 if here is not None:
                     torch.testing.assert_close(here, logits, atol=1e-5, rtol=1e-5)
-            if case in ("llama", "tied", "mixtral", "bert"):
+            if case in ("tied", "mixtral", "bert", "deep", "deep nemo2"):
                 theirs_is_loaded(model, held, where[LOADED[case][1]])
         if "llama" in cases:
-            a_failure_is_told(where["llama.nan"], start("llama", where, *words_for(mesh)))
+            model = start("llama", where, *words_for(mesh))
+            what_cannot_be_planned_touches_nothing(where["llama.less"], model)
+            a_failure_is_told(where["llama.nan"], model)
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def told_of_parts() -> Iterator[Collection[int]]:
+    """How often each model was asked in here for its ``sharded_state_dict()``."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    asked: dict[nn.Module, int] = {}
+    original = LanguageModule.sharded_state_dict
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked[self] = asked.get(self, 0) + 1
+        return original(self, *args, **kwargs)
+
+    LanguageModule.sharded_state_dict = counted
+    found: list[int] = []
+    try:
+        yield found
+    finally:
+        LanguageModule.sharded_state_dict = original
+        found.extend(asked.values())
 
 
 def theirs_is_loaded(model: nn.Module, held: Mapping[str, torch.Tensor], source: str) -> None:
@@ -144,10 +181,19 @@ def theirs_is_loaded(model: nn.Module, held: Mapping[str, torch.Tensor], source:
                 vars(turned).update(vars(parameter))
                 module._parameters[name] = turned
     was = {key: p.data_ptr() for key, p in model.named_parameters()}
-    bioinit.load_weights(model, source)
+    bioinit.load_weights(list(model) if isinstance(model, nn.ModuleList) else model, source)
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.detach(), held[key]), key
         assert parameter.data_ptr() == was[key], key
+
+
+def what_cannot_be_planned_touches_nothing(source: str, model: nn.Module) -> None:
+    """The last norm is missing, which only the last stage of a pipeline has."""
+    was = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with pytest.raises(PlanError, match=r"final_layernorm\.weight"):
+        bioinit.load_weights(model, source)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach(), was[key]), key
 
 
 def a_failure_is_told(source: str, model: nn.Module) -> None:
@@ -165,6 +211,9 @@ def a_failure_is_told(source: str, model: nn.Module) -> None:
 def where(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The folders of checkpoints by the names in ``LOADED``."""
     transformers = pytest.importorskip("transformers")
+    # Ranks need not import what writes.
+    from tests.test_matrix import write_torch_dist, write_zarr
+
     found = {source: str(fixtures_dir / source) for _, source, _ in LOADED.values()}
     folder = tmp_path_factory.mktemp("written")
     common = {"vocab_size": 21, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -174,12 +223,20 @@ def where(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     transformers.LlamaForCausalLM(llama).save_pretrained(folder / "tied")
     bert = transformers.MegatronBertConfig(**common, tie_word_embeddings=True)
     transformers.MegatronBertForMaskedLM(bert).save_pretrained(folder / "bert")
+    deep = transformers.LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(deep).save_pretrained(folder / "deep")
+    bioinit.convert(folder / "deep", folder / "converted", "nemo2")
+    for name, write in (("deep.nemo2", write_torch_dist), ("deep.zarr", write_zarr)):
+        shutil.copytree(folder / "converted/context", folder / name / "context")
+        write(folder / "converted", folder / name / "weights")
     spoiled = transformers.LlamaForCausalLM.from_pretrained(found["hf/llama/safetensors"])
     with torch.no_grad():
         for parameter in spoiled.parameters():
             parameter.view(-1)[0] = torch.nan
     spoiled.save_pretrained(folder / "llama.nan")
-    return found | {name: str(folder / name) for name in ("tied", "bert", "llama.nan")}
+    del spoiled.model.norm
+    spoiled.save_pretrained(folder / "llama.less")
+    return found | {path.name: str(path) for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
