@@ -1,6 +1,6 @@
 """First values of divided models: those of one process, bit for bit, however many ranks there are.
 
-Every rank starts each model twice: whole, as a process alone would, and divided with the others.
+One process starts each model whole and keeps what it holds; ranks start it divided, each in turn.
 """
 
 import tempfile
@@ -77,15 +77,20 @@ class Start:
         return module
 
 
-def compare(name: str, start: Start, divide, world) -> None:
-    alone = start.carry_out()
-    counted = start.report
+def alone(start: Start) -> dict:
+    """What the model holds if one process starts it, and how many elements that are."""
+    module = start.carry_out()
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        "held": {key: tensor.detach() for key, tensor in held.items()},
+        "counts": (start.report.parameters, start.report.trainable),
+    }
+
+
+def compare(name: str, start: Start, said: dict, divide, world) -> None:
     divided = start.carry_out(divide, world)
-    assert (start.report.parameters, start.report.trainable) == (
-        counted.parameters,
-        counted.trainable,
-    ), name
-    expected = {**dict(alone.named_parameters()), **dict(alone.named_buffers())}
+    assert (start.report.parameters, start.report.trainable) == said["counts"], name
+    expected = said["held"]
     got = {**dict(divided.named_parameters()), **dict(divided.named_buffers())}
     targets = describe(divided)
     assert got.keys() == expected.keys()
@@ -242,27 +247,12 @@ def by_tensor(mesh):
     return divide
 
 
-def two_ranks() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2,))
-    with ranks.together() as world:
-        for name, start in starts().items():
-            compare(f"{name}, fsdp2", start, by_fsdp2(mesh), world)
-            compare(f"{name}, tp", start, by_tensor(mesh), world)
-    _is_told_what_nobody_wrote(mesh)
-
-
-def _is_told_what_nobody_wrote(mesh) -> None:
-    with pytest.raises(PlanError, match="nothing gives 'left'"), ranks.together() as world:
-        Start(Forgetful, OWN).carry_out(by_fsdp2(mesh), world)
-
-
-def four_ranks() -> None:
+def four_ranks(folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     twice = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     four = init_device_mesh("cpu", (4,))
+    expected = torch.load(Path(folder) / "expected.pt")
 
     def by_both(module: nn.Module) -> None:
         by_tensor(twice["tp"])(module)
@@ -270,14 +260,40 @@ def four_ranks() -> None:
 
     with ranks.together() as world:
         for name, start in starts().items():
-            compare(f"{name}, hsdp", start, by_fsdp2(twice), world)
-            compare(f"{name}, fsdp2 and tp", start, by_both, world)
+            compare(f"{name}, tp", start, expected[name], by_tensor(four), world)
+            compare(f"{name}, fsdp2 and tp", start, expected[name], by_both, world)
             # A module at a time, however small all of them are.
             twin.WHOLE_BYTES, was = 1, twin.WHOLE_BYTES
-            compare(f"{name}, fsdp2 on 4", start, by_fsdp2(four), world)
+            compare(f"{name}, fsdp2", start, expected[name], by_fsdp2(four), world)
             twin.WHOLE_BYTES = was
+        for name in ("esm2 with a new head", "a module of one's own"):
+            compare(f"{name}, hsdp", starts()[name], expected[name], by_fsdp2(twice), world)
+    _is_told_what_nobody_wrote(four)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_new_values_of_divided_models_are_those_of_one_process(size):
-    together(size, two_ranks if size == 2 else four_ranks)
+def _is_told_what_nobody_wrote(mesh) -> None:
+    with pytest.raises(PlanError, match="nothing gives 'left'"), ranks.together() as world:
+        Start(Forgetful, OWN).carry_out(by_fsdp2(mesh), world)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """A folder with what every model holds that one process starts."""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.save({name: alone(start) for name, start in starts().items()}, folder / "expected.pt")
+    return str(folder)
+
+
+def test_new_values_of_divided_models_are_those_of_one_process(expected):
+    together(4, four_ranks, expected)
+
+
+def test_whole_tensors_lie_side_by_side_up_to_a_limit_or_by_one_module():
+    new = {
+        f"{module}.{name}": twin.New((size,), torch.uint8)
+        for module, size in (("a", 2**20), ("b", twin.WHOLE_BYTES), ("c", 1), ("d", 1))
+        for name in ("bias", "weight")
+    }
+    batches = list(twin._batches(new, twin.WHOLE_BYTES))
+    assert [sorted({key[0] for key in batch}) for batch in batches] == [["a"], ["b"], ["c", "d"]]
+    assert [key for batch in batches for key in batch] == list(new)
