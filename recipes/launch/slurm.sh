@@ -5,7 +5,8 @@
 #       recipe=llama/causal_lm model.initial_ckpt_path=/data/ckpt output_dir=/data/start \
 #       placement=cuda_bf16 placement.strategy=fsdp2
 #
-# What sbatch is given before the script's name counts more than the lines below. Checkpoint and
+# What sbatch is given before the script's name counts more than the lines below: --gpus-per-node=4 on
+# nodes of four, --mem=0 for all memory of a node where the cluster would give less. Checkpoint and
 # output_dir lie where every node sees them. BIOINIT_ENV names a virtual environment to activate,
 # PROCESSES how many processes a node runs: one for each GPU that Slurm gave it, if not set.
 
