@@ -168,7 +168,7 @@ def _own(cls: type[TrainableModelConfig]) -> Family:
         read_fields=lambda context, shapes=_NO_SHAPES: _read_own(cls, context),
         build=lambda config: config.configure_model(),
         backend=lambda config: backends.load("module"),
-        names=lambda config, model, dialect, stored, described=None: Names(
+        names=lambda config, model, dialect, stored, described=None, whole=None: Names(
             Table.identity(), Table.identity()
         ),
         dialect_of=lambda stored: None,

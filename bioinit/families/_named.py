@@ -130,15 +130,9 @@ def named_family(
         dialect: str,
         stored: Mapping[str, Dims],
         described: Config | None = None,
+        whole: Mapping[str, Dims] | None = None,
     ) -> Names:
-        # As the whole model has them, of which this may be a part.
-        parts = backend(asked).located(model)
-        live = {
-            parts[key].key if key in parts else key: (
-                parts[key].shape if key in parts else tuple(tensor.shape)
-            )
-            for key, tensor in _tensors(model)
-        }
+        live = _whole_shapes(model, backend(asked)) if whole is None else whole
         if is_megatron(asked):
             spoken, body = MEGATRON, translation.body(asked)
         else:
@@ -249,6 +243,17 @@ def hf(
         fields=translation.names,
         says=frozenset(translation.names.values()),
     )
+
+
+def _whole_shapes(model: nn.Module, backend: Backend) -> dict[str, Dims]:
+    """What ``model`` holds, by the names and shapes of the whole one, of which it may be a part."""
+    parts = backend.located(model)
+    return {
+        parts[key].key if key in parts else key: (
+            parts[key].shape if key in parts else tuple(tensor.shape)
+        )
+        for key, tensor in _tensors(model)
+    }
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -231,6 +231,7 @@ def _names(
     dialect: str,
     stored: Mapping[str, Dims],
     described: TrainableModelConfig | None = None,
+    whole: Mapping[str, Dims] | None = None,
 ) -> Names:
     return backend.names(model, stored)
 

@@ -168,6 +168,7 @@ class NamesOf(Protocol):
         dialect: str,
         stored: Mapping[str, Dims],
         described: TrainableModelConfig | None = ...,
+        whole: Mapping[str, Dims] | None = ...,
         /,
     ) -> Names:
         """Both tables.
@@ -178,6 +179,8 @@ class NamesOf(Protocol):
             dialect: whose spelling the stored names are.
             stored: stored names and shapes.
             described: the config as the checkpoint alone describes it; None if it does not.
+            whole: names and shapes of the whole model, where ``model`` is a part of it and who asks
+                has them; None to ask ``model``.
         """
 
 

@@ -17,13 +17,14 @@ from bioinit import collector
 from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.families import open_checkpoint
-from bioinit.initialize.among import Parallelize
+from bioinit.initialize.division import Parallelize
 from bioinit.initialize.given import Given
 from bioinit.initialize.prepare import Prepared, is_shared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.load.exchange import is_worth_it
 from bioinit.plan import LoadPlan
 from bioinit.ranks import ALONE, World, together
+from bioinit.ranks.meeting import started
 from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
 from bioinit.save import save
@@ -52,6 +53,9 @@ class Initialized:
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the model, its context and the receipt to the folder ``path``, whole or not at all.
 
+        Where several processes started the model, all of them call this, with a file system that
+        they share.
+
         Returns:
             The receipt.
 
@@ -62,9 +66,7 @@ class Initialized:
             ConfigError: it has no word for a field of the config.
         """
         prepared = self._prepared
-        checkpoint = prepared.checkpoint
-        context = None if checkpoint is None else checkpoint.context
-        with nullcontext(ALONE) if prepared.among.is_alone else together() as world:
+        with nullcontext(ALONE) if prepared.division.is_alone else together() as world:
             self.receipt = save(
                 self.model,
                 path,
@@ -72,8 +74,6 @@ class Initialized:
                 record=prepared.record,
                 receipt=self.report.to_json(),
                 origins={f"model.{d.field}": d.origin for d in self.plan.fields},
-                homes=() if checkpoint is None else checkpoint.homes,
-                carried=None if context is None else context.carried,
                 across=prepared.across,
                 keep=_lying(prepared),
                 overwrite=overwrite,
@@ -91,7 +91,7 @@ def plan(record: fdl.Config[Run], *, parallelize: Parallelize | None = None) -> 
     Raises:
         BioinitError: the recipe, the checkpoint's headers or its config cannot be used at all.
     """
-    with _among(record) as world, prepare(record, world, parallelize) as prepared:
+    with _ranks_of(record) as world, prepare(record, world, parallelize) as prepared:
         return prepared.plan
 
 
@@ -118,12 +118,13 @@ def initialize(
         BioinitError: see its subclasses. Nothing is written under a final name. What fails in one
             process is raised in all of them.
     """
-    with _among(record) as world, prepare(record, world, parallelize) as prepared:
+    with _ranks_of(record) as world, prepare(record, world, parallelize) as prepared:
         run = prepared.run
         device = _present(run.placement.device, world)
         raise_for(prepared.plan.problems, "the plan has")
         if run.output_dir is not None and world.rank == 0:
             require_free(run.output_dir, overwrite=run.output.overwrite, keep=_lying(prepared))
+        is_split = is_worth_it(run.placement.parallel_load, prepared.plan.described, world)
         report = execute(
             prepared.plan,
             prepared.module,
@@ -133,10 +134,10 @@ def initialize(
             make=prepared.make,
             init=run.init,
             device=device,
-            progress=_counted(progress, prepared.plan.bytes_to_read, world),
+            progress=_counted(progress, _to_read(prepared.plan, is_split)),
             world=world,
             make_whole=prepared.whole,
-            parallel=is_worth_it(run.placement.parallel_load, prepared.plan.described, world),
+            parallel=is_split,
         ).raise_for_problems()
         report = dataclasses.replace(report, ranks=_each(world, prepared.plan, report))
         prepared.backend.remember(prepared.module, prepared.spelled_names)
@@ -188,8 +189,8 @@ def load_weights(
     init: InitPolicy = build(make_record(InitPolicy, policy, at="load_weights"), at="load_weights")
     root = module if isinstance(module, nn.Module) else nn.ModuleList(module)
     asked = mesh_device(root) if device is None else str(device)
-    among = together(asked) if is_shared(root) else nullcontext(ALONE)
-    with among as world, open_checkpoint(path) as checkpoint:
+    meeting = together(asked) if is_shared(root) else nullcontext(ALONE)
+    with meeting as world, open_checkpoint(path) as checkpoint:
         place = _present(asked, world)
         with collector.paused():
             prepared = prepare_module(root, checkpoint, init, tuple(skip_prefixes), mapping, world)
@@ -203,17 +204,27 @@ def load_weights(
             make=prepared.make,
             init=init,
             device=place,
-            progress=_counted(progress, prepared.plan.bytes_to_read, world),
+            progress=_counted(progress, prepared.plan.bytes_to_read),
             world=world,
         ).raise_for_problems()
 
 
-def _among(record: fdl.Config[Run]) -> AbstractContextManager[World]:
-    """The ranks that start the model of ``record``, of which this process is one."""
+def _ranks_of(record: fdl.Config[Run]) -> AbstractContextManager[World]:
+    """The ranks that start the model of ``record``, of which this process is one.
+
+    Raises:
+        ConfigError: each of several processes would write one folder by itself.
+    """
     placement = record.placement
-    if getattr(placement, "strategy", None) == "single":
-        return nullcontext(ALONE)
-    return together(getattr(placement, "device", None))
+    if getattr(placement, "strategy", None) != "single":
+        return together(getattr(placement, "device", None))
+    if record.output_dir is not None and (processes := started()) > 1:
+        raise ConfigError(
+            f"placement.strategy=single is a process by itself, and {processes} were started: all "
+            f"of them would write {record.output_dir}. Leave the strategy out, or write ddp for a "
+            "whole model on each of them."
+        )
+    return nullcontext(ALONE)
 
 
 def _each(world: World, planned: LoadPlan, report: LoadReport) -> tuple[dict[str, Any], ...]:
@@ -264,17 +275,26 @@ def _lying(prepared: Prepared) -> tuple[Path, ...]:
     return (checkpoint.path, *(file.path for file in checkpoint.files))
 
 
-def _counted(progress: Progress | None, total: int, world: World) -> Callable[[int], None] | None:
-    """Adds up what arrives, for those who want to know how far it is; ends if a rank has failed."""
-    if progress is None and world.size == 1:
+def _to_read(planned: LoadPlan, is_split: bool) -> int:
+    """Bytes that this rank reads, about, where replicas share the reading."""
+    if not is_split:
+        return planned.bytes_to_read
+    copies = (
+        (len(planned.described[key].replicas) or 1, each.copies)
+        for key, each in planned.targets.items()
+    )
+    return sum(sum(copy.bytes for copy in held) // ways for ways, held in copies)
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    """Adds up what arrives, for those who want to know how far it is."""
+    if progress is None:
         return None
     done = 0
 
     def arrived(size: int) -> None:
         nonlocal done
         done += size
-        world.check()
-        if progress is not None:
-            progress(done, total)
+        progress(done, max(done, total))
 
     return arrived

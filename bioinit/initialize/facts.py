@@ -31,6 +31,8 @@ def facts(
         parallelize: the caller's own way to divide the model.
     """
     found = {key: _said(value) for key, value in _fields("", run) if key not in _OF_EACH}
+    # Where it lies may differ, whether it is there decides what ranks do together.
+    found["output_dir"] = "not set" if run.output_dir is None else "set"
     found |= _common(checkpoint)
     if parallelize is not None:
         found["parallelize"] = _said(parallelize)

@@ -15,14 +15,14 @@ import fiddle as fdl
 from torch import nn
 
 from bioinit import collector, families
-from bioinit.backends.protocol import MOST_LABELS, Backend, Make
+from bioinit.backends.protocol import MOST_LABELS, Backend, Make, built_class
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
 from bioinit.families.protocol import Family
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
-from bioinit.initialize.among import Among, Parallelize
+from bioinit.initialize.division import Division, Parallelize, require_alike
 from bioinit.initialize.facts import facts, loading_facts
 from bioinit.initialize.given import Given
 from bioinit.initialize.layers import Layers
@@ -62,8 +62,8 @@ class Prepared:
     plan: LoadPlan
     spelling: Spelling
     across: Across | Plain | None = None
-    """How the model is written, where its backend does not write it."""
-    among: Among = dataclasses.field(default_factory=Among)
+    """How the model is written; None for a module of somebody's own."""
+    division: Division = dataclasses.field(default_factory=Division)
     """Who shares the model, and how it is divided."""
 
     @property
@@ -128,9 +128,10 @@ def prepare_module(
     if mapping is None:
         own_names = names_across(module, checkpoint) or own_names
     targets = describe(module, backend.located(module))
-    among = Among(world)
+    division = Division(world)
     if world.size > 1:
         world.agree(loading_facts(init, skip_prefixes, checkpoint))
+        require_alike(module, world)
     names, spelling = names_of_module(module, targets, checkpoint, own_names, mapping)
     if own_names is None or families.is_megatron(module):
         backend = dataclasses.replace(
@@ -145,9 +146,9 @@ def prepare_module(
         skip_prefixes=skip_prefixes,
         dtype="module",
         notes=notes_on(checkpoint, spelling),
-        share=among.share,
+        share=division.share,
     )
-    planned = _finished(planned, init, checkpoint, None, started)
+    planned = _finished(planned, init, checkpoint, None, started, {})
     words = [dataclasses.replace(p, cure=_in_keywords(p.cure)) for p in planned.problems]
     planned = dataclasses.replace(planned, problems=tuple(words))
     config = TrainableModelConfig()
@@ -161,7 +162,7 @@ def prepare_module(
         checkpoint,
         planned,
         spelling,
-        among=among,
+        division=division,
     )
 
 
@@ -172,7 +173,7 @@ def _describe_reset(module: nn.Module, key: str) -> str | None:
     if not {**owner._parameters, **owner._buffers}[name].is_meta:  # type: ignore[union-attr]
         return "the module, as it was"
     resets = hasattr(owner, "reset_parameters")
-    return f"{type(owner).__name__}.reset_parameters" if resets else None
+    return f"{built_class(owner).__name__}.reset_parameters" if resets else None
 
 
 def _in_keywords(cure: str) -> str:
@@ -220,23 +221,22 @@ def _decide(
     def make() -> nn.Module:
         return family.build(config)
 
-    among = Among.of(run, config, world, parallelize)
-    among.meet(backend)
+    division = Division.of(run, config, world, parallelize)
+    division.meet(backend)
     module = backend.build(make)
     # Names and layouts are those of the whole model; what this rank holds of it comes after.
     whole = describe(module, backend.located(module))
     names, spelling = names_of_family(family, config, described, module, whole, checkpoint)
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
-    notes = notes_on(checkpoint, spelling, saved, merged.missing)
+    notes = [*division.notes(), *notes_on(checkpoint, spelling, saved, merged.missing)]
     is_left: Callable[[str], bool] = frozenset[str]().__contains__
     if layers is not None:
         is_left = layers.is_left(module)
         stored, about_layers = layers.of(stored, names, spelling, module)
         names = layers.renumbered(names, module)
         notes.append(about_layers)
-    module = among.divided(module, backend, family)
-    targets = whole if among.is_alone else among.described(module, backend)
+    module, targets = division.divided(module, whole, backend, family)
     planned = plan_load(
         model_side(module, targets, backend, run.placement.dtype),
         stored,
@@ -247,14 +247,14 @@ def _decide(
         dtype=run.placement.dtype or ("module" if nothing else "stored"),
         notes=notes,
         is_left=is_left,
-        share=among.share,
+        share=division.share,
     )
-    planned = _finished(planned, run.init, checkpoint, run.family, started)
+    planned = _finished(planned, run.init, checkpoint, run.family, started, division.said())
     empty = [] if planned.tensors or nothing else [_nothing_to_load_into(module)]
     problems = (*merged.problems, *empty, *planned.problems)
-    across = across_for(run, family, config, checkpoint, saved, among.is_divided)
+    across = across_for(run, family, config, checkpoint, saved)
     # Whoever only wants the model in memory need not be told what could not be written.
-    if across is not None and not problems and (run.output_dir or run.output.dialect != "hf"):
+    if not problems and (run.output_dir or run.output.dialect != "hf"):
         problems = across.problems(module, backend.located(module), world)
     planned = dataclasses.replace(planned, fields=merged.decisions, problems=problems)
     return Prepared(
@@ -268,12 +268,12 @@ def _decide(
         planned,
         spelling,
         across,
-        among,
+        division,
     )
 
 
 def _nothing_to_load_into(module: nn.Module) -> Problem:
-    kind = type(module).__name__
+    kind = built_class(module).__name__
     return Problem(
         "unclaimed",
         kind,
@@ -348,6 +348,7 @@ def _finished(
     checkpoint: Checkpoint | None,
     family: str | None,
     started: float,
+    placement: Mapping[str, Any],
 ) -> LoadPlan:
     """The plan with what only the whole of it knows: files, header, idle patterns, time."""
     return dataclasses.replace(
@@ -355,7 +356,11 @@ def _finished(
         problems=(*planned.problems, *_idle_patterns(init, planned)),
         files=() if checkpoint is None else tuple(str(file.path) for file in checkpoint.files),
         header=functools.cache(
-            lambda: {"bioinit": __version__, "checkpoint": about(checkpoint, family)}
+            lambda: {
+                "bioinit": __version__,
+                "checkpoint": about(checkpoint, family),
+                **placement,
+            }
         ),
         seconds=round(time.perf_counter() - started, 6),
     )

@@ -81,6 +81,15 @@ def prefixed(store: Store, prefix: str) -> Store:
     return cast(Store, make(prefix, store))
 
 
+def started() -> int:
+    """How many processes there are beside this one and with it: met, or told of by a launcher."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return _launched_size()
+
+
 def _launched_size() -> int:
     return _number("WORLD_SIZE") if os.environ.get("WORLD_SIZE") else 1
 

@@ -23,16 +23,12 @@ from bioinit.record import Origin, save_context
 from bioinit.report import dumps
 from bioinit.save.across import Across
 from bioinit.save.folder import common_folder
-from bioinit.save.plain import Plain, names_for
+from bioinit.save.plain import BY_BACKENDS, Plain
 from bioinit.save.writing import write_weights
 from bioinit.storage import File, Folder, Journal, worker_count
-from bioinit.targets import describe, is_divided
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
-BY_BACKENDS = ("hf", "safetensors")
-"""The dialect and the format that backends write themselves. Megatron's writes nothing."""
-
 _ADDED = ("output", "files")
 _NOTHING: Mapping[str, str] = {}
 
@@ -45,8 +41,6 @@ def save(
     record: Any,
     receipt: Mapping[str, Any],
     origins: Mapping[str, Origin] | None = None,
-    homes: Sequence[Folder] = (),
-    carried: Mapping[str, File] | None = None,
     across: Across | Plain | None = None,
     keep: Iterable[Path] = (),
     overwrite: bool = False,
@@ -66,9 +60,7 @@ def save(
         record: what the next run will read as the saved config.
         receipt: the report's JSON; the digests of the written files are added to it.
         origins: who set which dotted key of the run; kept in the context.
-        homes: the checkpoint's folders.
-        carried: files of ``homes`` that go along unchanged, by their names in the output.
-        across: writes the model, and places what goes along, where the backend does not.
+        across: how the model is written, and what goes along; as its backend does it if None.
         keep: the files and folders of the checkpoint; ``path`` may not touch them.
         overwrite: replace a folder that is not empty.
         max_shard_bytes: the most bytes of one weight file.
@@ -83,16 +75,15 @@ def save(
         ConfigError: it has no word for a field of the config.
     """
     located = backend.located(model)
-    if world.size > 1:
-        across = _among_ranks(across, model, backend, bool(located), homes, carried or {})
+    across = across or Plain(backend)
     document: dict[str, Any] = {}
     with common_folder(path, world, overwrite=overwrite, keep=keep) as folder:
         if not world.rank:
             save_context(record, folder, origins)
-        if across is None:
+        if isinstance(across, Plain) and across.is_by_backend(model, located, world):
             if not world.rank:
                 backend.save(model, folder, max_shard_bytes)
-                carry(folder, homes, carried or {})
+                carry(folder, across.homes, across.files)
                 document = with_receipt(folder, receipt)
         else:
             # A file of ours that people read makes room for one of that world by the same name.
@@ -102,36 +93,16 @@ def save(
                 parts = world.gathered({name: _digest(folder / name) for name in mine})
                 known = {name: digest for part in parts for name, digest in part.items()}
             if not world.rank:
-                as_one = (across.to, across.format) == BY_BACKENDS and backend.saved_names
-                if as_one or isinstance(across, Plain):
+                if isinstance(across, Plain):
                     backend.save_beside(model, folder)
                 carry(folder, side.homes, side.copied)
-                output = {"dialect": across.to, "format": across.format}
-                told = receipt if as_one else {**receipt, "output": output}
+                told = dict(receipt)
+                if not isinstance(across, Plain) or across.format != BY_BACKENDS[1]:
+                    told["output"] = {"dialect": across.to, "format": across.format}
                 document = with_receipt(folder, told, known)
     # When this is known, the folder has its name.
     added = world.gathered({name: document[name] for name in _ADDED if name in document})[0]
     return {**receipt, **added}
-
-
-def _among_ranks(
-    across: Across | Plain | None,
-    model: nn.Module,
-    backend: Backend,
-    is_located: bool,
-    homes: Sequence[Folder],
-    carried: Mapping[str, File],
-) -> Across | Plain | None:
-    """Who writes a model of many ranks, so that it is spelled as one process spells it."""
-    if across is None:
-        if not is_located and not any(map(is_divided, (*model.parameters(), *model.buffers()))):
-            return None
-        return Plain(backend, files=carried, homes=tuple(homes))
-    if isinstance(across, Across) and (across.to, across.format) == BY_BACKENDS and not is_located:
-        owned = (t for t in describe(model).values() if t.persistent and t.tied_to is None)
-        if names_for(backend, model, {target.key: target.shape for target in owned}) is not None:
-            return Plain(backend, files=across.files, homes=across.homes)
-    return across
 
 
 def carry(folder: Path, homes: Sequence[Folder], carried: Mapping[str, File]) -> None:

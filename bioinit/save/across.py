@@ -8,32 +8,28 @@ spells them from there. Nothing is copied but what a writer asks for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from bioinit.config import InitPolicy, TrainableModelConfig
 from bioinit.errors import Problem
 from bioinit.families.protocol import Canonical, Family
-from bioinit.formats.protocol import StoredTensor
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
 from bioinit.mapping import Names
 from bioinit.plan import LoadPlan, Model
 from bioinit.plan import plan as plan_load
 from bioinit.plan.spelled import Held, common_dtype, spelled_targets
-from bioinit.ranks import ALONE, World
+from bioinit.ranks import World
 from bioinit.save.beside import Beside, beside
 from bioinit.save.shares import Shares
 from bioinit.save.worlds import written_dialect
 from bioinit.save.writing import Decided, problems_of
 from bioinit.storage import File, Folder
 from bioinit.targets import Located
-
-_NOWHERE: Mapping[str, Located] = {}
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,8 @@ class Across:
     def problems(
         self,
         model: nn.Module,
-        located: Mapping[str, Located] = _NOWHERE,
-        world: World = ALONE,
+        located: Mapping[str, Located],
+        world: World,
     ) -> tuple[Problem, ...]:
         """What of ``model``, which may be on meta, cannot be written. Called by all ranks.
 
@@ -88,8 +84,9 @@ class Across:
         assert self.family.tensors is not None  # it is written
         space = self.family.tensors(self.config)
         stored = shares.stored
-        whole: Any = _Whole(model, stored)
-        source = self.family.names(self.config, whole, "hf", {}).memory
+        # All ranks must have one table, whatever part of the model each of them has.
+        whole = {key: tensor.shape for key, tensor in stored.items()}
+        source = self.family.names(self.config, model, "hf", {}, None, whole).memory
         table = Table(dialect.rules(self.config, {}, self.family.body(self.config)))
         held = Held(stored, source)
         spelled = table.spelled_out(held.chosen(space))
@@ -100,15 +97,15 @@ class Across:
             init=InitPolicy(),
         )
         problems = [self._in_words(problem) for problem in planned.problems]
-        zeros = []
+        zeros: dict[str, Problem] = {}
         for name, shape, dtype, _ in planned.unused:
             kind = held.kind_of(name, space)
             if kind == "zero":
-                zeros.append(name)
+                zeros[name] = self._not_zero(name)
             elif kind != "computed":
                 problems.append(self._homeless(name, shape, dtype, held, space))
         plan = dataclasses.replace(planned, problems=tuple(problems))
-        return Decided(plan, tuple(zeros))
+        return Decided(plan, zeros)
 
     def _in_words(self, problem: Problem) -> Problem:
         """A problem with the model in place of a checkpoint."""
@@ -130,26 +127,6 @@ class Across:
             return "Set output.dialect=hf, or choose a model.architecture that the other world has."
         return "Leave model.backend out: transformers builds the model and writes all of it."
 
-    def not_zero(self, name: str) -> Problem:
-        """That ``name`` had to be zero."""
+    def _not_zero(self, name: str) -> Problem:
         text = f"{name!r} is not zero, and {self.to} has no such tensor: it would be there."
         return Problem("unused", name, text, self._cure())
-
-
-class _Whole:
-    """A model with the tensors of all ranks; in all else it is the part of this one."""
-
-    def __init__(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
-        self._model = model
-        self._stored = stored
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._model, name)
-        return self if found is self._model else found
-
-    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
-        for key, tensor in self._stored.items():
-            yield key, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-    def named_buffers(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
-        yield from ()

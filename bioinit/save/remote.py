@@ -29,18 +29,11 @@ _DONE, _ASKED = range(2)
 
 
 class Remote:
-    """Rank 0's side: asks one question at a time of each rank, from any thread.
-
-    ``asked`` are the bytes that came from other ranks; ``most`` how many were on their way at once.
-    """
+    """Rank 0's side: asks one question at a time of each rank, from any thread."""
 
     def __init__(self, world: World, group: Any) -> None:
         self._world, self._group = world, group
         self._locks = [threading.Lock() for _ in range(world.size)]
-        self._counting = threading.Lock()
-        self._waiting = 0
-        self.asked = 0
-        self.most = 0
 
     def file(self, place: Place) -> Made:
         """The memory ``place`` of another rank."""
@@ -59,20 +52,12 @@ class Remote:
 
     def _range(self, rank: int, number: int, offset: int, length: int) -> memoryview:
         self._world.check()
-        with self._counting:
-            self._waiting += length
-            self.asked += length
-            self.most = max(self.most, self._waiting)
-        try:
-            data = torch.empty(length, dtype=torch.uint8)
-            with self._locks[rank]:
-                self._tell(rank, _ASKED, number, offset, length)
-                distributed.recv(data, rank, group=self._group)
-            view: memoryview = data.numpy().data
-            return view
-        finally:
-            with self._counting:
-                self._waiting -= length
+        data = torch.empty(length, dtype=torch.uint8)
+        with self._locks[rank]:
+            self._tell(rank, _ASKED, number, offset, length)
+            distributed.recv(data, rank, group=self._group)
+        view: memoryview = data.numpy().data
+        return view
 
     def _tell(self, rank: int, *words: int) -> None:
         said = torch.zeros(4, dtype=torch.int64)

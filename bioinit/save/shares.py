@@ -7,7 +7,7 @@ from one of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,10 +17,8 @@ from torch import nn
 from bioinit.errors import ConfigError
 from bioinit.formats.protocol import Piece, StoredTensor
 from bioinit.layout import Box, Dims, numel
-from bioinit.ranks import ALONE, World
+from bioinit.ranks import World
 from bioinit.targets import Located, Target, describe, local, slots
-
-_NOWHERE: Mapping[str, Located] = {}
 
 
 class Place(NamedTuple):
@@ -46,8 +44,8 @@ class Shares:
 
 def shares_of(
     model: nn.Module,
-    located: Mapping[str, Located] = _NOWHERE,
-    world: World = ALONE,
+    located: Mapping[str, Located],
+    world: World,
     *,
     spread: bool = False,
 ) -> Shares:
@@ -61,7 +59,8 @@ def shares_of(
             first that has it.
 
     Raises:
-        ConfigError: two ranks say different things of one tensor.
+        ConfigError: two ranks say different things of one tensor, or what they hold of it is not
+            each of its elements once.
     """
     own = [t for t in describe(model, located).values() if _is_told(t, world.rank)]
     told = world.gathered([_said(target, _reach(target)) for target in own])
@@ -140,6 +139,7 @@ def _merged(
     places: dict[tuple[int, int], int] = {}
     pieces: dict[str, list[Piece]] = {key: [] for key in holders}
     for key, boxes in holders.items():
+        _require_once(key, kinds[key][0], [sizes for _, sizes in boxes])
         for (_, sizes), held in boxes.items():
             rank, number, box = min(held, key=lambda one: taken[one[0]]) if spread else held[0]
             taken[rank] += numel(sizes) * kinds[key][1].itemsize
@@ -150,3 +150,14 @@ def _merged(
         Place(rank, number, told[rank][number].size, told[rank][number].key)
         for rank, number in places
     )
+
+
+def _require_once(key: str, shape: Dims, boxes: Sequence[Dims]) -> None:
+    """Refuse boxes, none of them twice, that hold more or fewer elements than there are."""
+    held = sum(map(numel, boxes))
+    if held != numel(shape):
+        raise ConfigError(
+            f"the ranks hold {len(boxes)} different regions of {key!r} {list(shape)} with {held} "
+            f"elements together, and it has {numel(shape)}. Divide the model so that two regions "
+            "are the same or have nothing in common, and that together they are the whole."
+        )

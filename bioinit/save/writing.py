@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from bioinit.errors import Problem
 from bioinit.formats.protocol import WriteOptions
 from bioinit.load.stream import Stream
 from bioinit.plan import LoadPlan
-from bioinit.ranks import ALONE, World
+from bioinit.ranks import World
 from bioinit.report import raise_for
 from bioinit.save.beside import Beside, put
 from bioinit.save.own_share import write_own_share
@@ -27,15 +28,16 @@ from bioinit.targets import Located
 _BY_ALL = "torch_dist"
 """The format that all ranks write at once; any other is written by rank 0."""
 
-_NOWHERE: Mapping[str, Located] = {}
-
 
 @dataclass(frozen=True)
 class Decided:
-    """Which element goes where. ``zeros`` are names that are left out because they are zero."""
+    """Which element goes where.
+
+    ``zeros`` are names that are left out because they must be zero, and what to say if one is not.
+    """
 
     plan: LoadPlan
-    zeros: tuple[str, ...] = ()
+    zeros: Mapping[str, Problem] = dataclasses.field(default_factory=dict)
 
 
 class Wording(Protocol):
@@ -59,17 +61,14 @@ class Wording(Protocol):
             ConfigError: the dialect cannot express a field of the config.
         """
 
-    def not_zero(self, name: str) -> Problem:
-        """That a tensor which had to be zero is not."""
-
 
 def write_weights(
     wording: Wording,
     model: nn.Module,
     folder: Path,
     max_bytes: int,
-    located: Mapping[str, Located] = _NOWHERE,
-    world: World = ALONE,
+    located: Mapping[str, Located],
+    world: World,
 ) -> tuple[Beside, Collection[str]]:
     """Write the weights of ``model``, and what is made beside them, into ``folder``.
 
@@ -89,7 +88,7 @@ def write_weights(
     decided = wording.decided(model, shares)
     raise_for(decided.plan.problems, "saving has")
     own = memories(model, shares.mine)
-    raise_for([*_not_zero(wording, decided, shares, own, world)], "saving has")
+    raise_for([*_not_zero(decided, shares, own, world)], "saving has")
     side = wording.beside(decided.plan)
     weights = folder / side.written.weights
     weights.mkdir(parents=True, exist_ok=True)
@@ -134,25 +133,20 @@ def problems_of(
 
 
 def _not_zero(
-    wording: Wording,
-    decided: Decided,
-    shares: Shares,
-    own: list[torch.Tensor],
-    world: World,
+    decided: Decided, shares: Shares, own: list[torch.Tensor], world: World
 ) -> Iterator[Problem]:
     """A world without such a tensor means zeros, and only zeros can be left out for it."""
     if not decided.zeros:
         return
-    left = frozenset(decided.zeros)
     here = sorted(
         {
             place.key
             for place in shares.places
-            if place.key in left
+            if place.key in decided.zeros
             and place.rank == world.rank
             # Minus zero is zero, and has a byte that is none.
             and torch.count_nonzero(own[place.number].view(shares.stored[place.key].dtype))
         }
     )
     found = world.united(here, lambda one, other: sorted({*one, *other}))
-    yield from (wording.not_zero(name) for name in decided.zeros if name in found)
+    yield from (problem for name, problem in decided.zeros.items() if name in found)

@@ -149,8 +149,7 @@ def save_beside(model: nn.Module, folder: Path) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
     if dtype is not None:
         whole.config.dtype = str(dtype).removeprefix("torch.")
-    # A class that torch has made of it by sharding is none of transformers.
-    whole.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    whole.config.architectures = [built_class(model).__name__]
     whole.config.save_pretrained(folder)
     if whole.can_generate():
         whole.generation_config.save_pretrained(folder)
