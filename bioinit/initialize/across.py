@@ -7,6 +7,7 @@ them, none of this is needed.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from bioinit.mapping import Names
 from bioinit.merge import merge
 from bioinit.record import build, make_record
 
+_STACKED = re.compile(r"\.layers\.(?!\d)")
 _DIALECTS = {"transformers": "hf", "megatron": "megatron"}
 
 
@@ -41,12 +43,16 @@ def names_across(module: nn.Module, checkpoint: Checkpoint) -> NamesOf | None:
     context = checkpoint.context if builder == "megatron" or own is None else own
     name = families.find(context, checkpoint.tensors) if context is not None else None
     if context is None or name is None:
+        if builder == "megatron" and (stacked := _stacked(checkpoint)) is not None:
+            raise _of_no_model(module, checkpoint, stacked)
         return None
     family = families.load(name)
     if not family.dialects:
         return None
     dialect = families.dialect_in(family, checkpoint.context, checkpoint.tensors)
-    if dialect == _DIALECTS[builder]:
+    # In files of Megatron's own spelling one tensor may hold all layers.
+    is_stacked = builder == "megatron" and _stacked(checkpoint) is not None
+    if dialect == _DIALECTS[builder] and not is_stacked:
         return None
     stored = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
     config = described_by(family, context, {"backend": builder}, stored)
@@ -62,6 +68,21 @@ def names_across(module: nn.Module, checkpoint: Checkpoint) -> NamesOf | None:
         return family.names(config, live, dialect, shapes, described)
 
     return names
+
+
+def _stacked(checkpoint: Checkpoint) -> str | None:
+    """A stored tensor that holds all layers."""
+    return next((name for name in checkpoint.tensors if _STACKED.search(name)), None)
+
+
+def _of_no_model(module: nn.Module, checkpoint: Checkpoint, stacked: str) -> ConfigError:
+    shape = list(checkpoint.tensors[stacked].shape)
+    return ConfigError(
+        f"{checkpoint.path} stores all layers in one tensor ({stacked} {shape}), and no saved "
+        f"config in it says what model they are of; {type(module).__name__} has a tensor for each. "
+        "Start the model by a recipe that gives its sizes, model.backend=megatron, or put the "
+        "context folder or common.pt of the run back beside the weights."
+    )
 
 
 def described_by(

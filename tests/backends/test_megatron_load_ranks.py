@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import warnings
+from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 import bioinit
 from bioinit.backends import megatron
-from bioinit.errors import PlanError
+from bioinit.errors import ConfigError, PlanError
 from tests.megatron_shares import differing, place
 from tests.processes import together
 
@@ -44,6 +45,23 @@ ZARR = tuple(
 """What the checkpoint, which has no config, is of."""
 SKIP_HEAD = "model.initial_ckpt_skip_keys_with_these_prefixes=[lm_head]"
 
+ARGUMENTS = {
+    "num_layers": 4,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "max_position_embeddings": 32,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "position_embedding_type": "rope",
+    "vocab_size": 21,
+}
+"""What Megatron-LM would say of the deep model."""
+
 IDS = torch.arange(22).reshape(2, 11) % 20
 
 LOADED: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -64,14 +82,20 @@ DEEP = ("deep", "deep nemo2", "deep zarr")
 DRAWN = {"new head": ("output_layer.weight",)}
 """What the checkpoint does not give."""
 
+TIED = ("tied", "bert")
+UNPADDED = ("tied", *DEEP)
+"""What one process has no more rows of than there are words."""
+ALL = ("llama", "new head", "mixtral", "zarr", *TIED, "deep nemo2", "deep zarr")
+"""From every kind of checkpoint."""
+
 LOADED_BY_TWO: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
-    ({"tp": 2}, tuple(LOADED)),
-    ({"pp": 2}, tuple(LOADED)),
+    ({"tp": 2}, (*ALL, "nemo2")),
+    ({"pp": 2}, ALL),
     ({"pp": 2, "vpp": 2}, DEEP),
     ({"ep": 2}, ("mixtral",)),
 )
 LOADED_BY_FOUR: tuple[tuple[dict[str, int], tuple[str, ...]], ...] = (
-    ({"tp": 2, "pp": 2}, tuple(LOADED)),
+    ({"tp": 2, "pp": 2}, ALL),
     ({"tp": 2, "pp": 1, "dp": 2}, ("llama", "bert")),
 )
 
@@ -123,8 +147,8 @@ def loads(meshes: Any, path: str, where: Mapping[str, str]) -> None:
         for case in cases:
             state, logits = expected[case]
             gated = LOADED[case][0] != "biobert/masked_lm"
-            divisor = {"zarr": 64, "tied": 1, **dict.fromkeys(DEEP, 1)}.get(case, 128)
-            asked = {"tied": case in ("tied", "bert"), "gated": gated, "divisor": divisor}
+            divisor = 1 if case in UNPADDED else 64 if case == "zarr" else 128
+            asked = {"tied": case in TIED, "gated": gated, "divisor": divisor}
             with told_of_parts() as told:
                 model = start(case, where, *words_for(mesh))
             assert told == [1] * mesh.get("vpp", 1), (mesh, case, told)
@@ -143,10 +167,11 @@ def loads(meshes: Any, path: str, where: Mapping[str, str]) -> None:
                 if here is not None:
                     torch.testing.assert_close(here, logits, atol=1e-5, rtol=1e-5)
             if case in ("tied", "mixtral", "bert", "deep", "deep nemo2"):
-                theirs_is_loaded(model, held, where[LOADED[case][1]])
+                source = LOADED[case][1]
+                theirs_is_loaded(model, held, where["deep.lm" if source == "deep" else source])
         if "llama" in cases:
             model = start("llama", where, *words_for(mesh))
-            what_cannot_be_planned_touches_nothing(where["llama.less"], model)
+            what_cannot_be_planned_touches_nothing(where, model)
             a_failure_is_told(where["llama.nan"], model)
         parallel_state.destroy_model_parallel()
 
@@ -187,11 +212,13 @@ def theirs_is_loaded(model: nn.Module, held: Mapping[str, torch.Tensor], source:
         assert parameter.data_ptr() == was[key], key
 
 
-def what_cannot_be_planned_touches_nothing(source: str, model: nn.Module) -> None:
-    """The last norm is missing, which only the last stage of a pipeline has."""
+def what_cannot_be_planned_touches_nothing(where: Mapping[str, str], model: nn.Module) -> None:
+    """The last norm is missing, which only the last stage has; or nothing says what is stacked."""
     was = {key: p.detach().clone() for key, p in model.named_parameters()}
     with pytest.raises(PlanError, match=r"final_layernorm\.weight"):
-        bioinit.load_weights(model, source)
+        bioinit.load_weights(model, where["llama.less"])
+    with pytest.raises(ConfigError, match="Start the model by a recipe that gives its sizes"):
+        bioinit.load_weights(model, where[LOADED["zarr"][1]])
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.detach(), was[key]), key
 
@@ -229,6 +256,10 @@ def where(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for name, write in (("deep.nemo2", write_torch_dist), ("deep.zarr", write_zarr)):
         shutil.copytree(folder / "converted/context", folder / name / "context")
         write(folder / "converted", folder / name / "weights")
+    # As Megatron-LM writes it: the arguments of its run among the weights.
+    shutil.copytree(folder / "deep.nemo2/weights", folder / "deep.lm")
+    saved = {"args": Namespace(**ARGUMENTS), "checkpoint_version": 3.0, "iteration": 1}
+    torch.save(saved, folder / "deep.lm/common.pt")
     spoiled = transformers.LlamaForCausalLM.from_pretrained(found["hf/llama/safetensors"])
     with torch.no_grad():
         for parameter in spoiled.parameters():
