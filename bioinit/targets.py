@@ -1,8 +1,10 @@
 """What a live model offers as destinations: keys, global shapes, local boxes and ties.
 
-A target is described, never touched: the module may be on the meta device. A parameter that several
-names share (a tied embedding) is one memory; the first name in state-dict order owns it, the others
-say whom they are tied to. Of a tensor divided among processes, the boxes say what lies here.
+A target is described and its values are never touched: the module may be on the meta device. Only
+what ``fully_shard`` keeps gathered is given back first (:func:`given_back`). A parameter that
+several names share (a tied embedding) is one memory; the first name in state-dict order owns it,
+the others say whom they are tied to. Of a tensor divided among processes, the boxes say what lies
+here.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict
     """
     owners: dict[object, str] = {}
     boxes: dict[tuple[Dims, Dims], tuple[Box, ...]] = {}
-    divided = _Divided([module for module in root.modules() if _is_fully_sharded(module)])
+    divided = _Divided(given_back(root))
     found: dict[str, Target] = {}
     for slot in slots(root):
         tensor = slot.tensor
@@ -182,12 +184,18 @@ def describe(root: nn.Module, located: Mapping[str, Located] = _NOWHERE) -> dict
     return found
 
 
+def given_back(root: nn.Module) -> list[Any]:
+    """The modules of ``root`` that ``fully_shard`` divides, each with its shards in place again."""
+    found: list[Any] = [module for module in root.modules() if _is_fully_sharded(module)]
+    for module in found:
+        module.reshard()
+    return found
+
+
 class _Divided:
     """Where the local memory of DTensors lies; equal ones are worked out once."""
 
     def __init__(self, fully_sharded: list[Any]) -> None:
-        for module in fully_sharded:
-            module.reshard()
         self._last = {id(p) for module in fully_sharded for p in module.parameters()}
         self._meshes: dict[Any, shards.Mesh | None] = {}
         self._known: dict[Any, tuple[tuple[Box, ...], tuple[int, ...]]] = {}
