@@ -58,12 +58,6 @@ class Division:
     def is_alone(self) -> bool:
         return self.world.size == 1
 
-    @property
-    def is_divided(self) -> bool:
-        """Whether a rank has less than the whole model."""
-        is_whole = self.sharing is not None and self.sharing.strategy in ("single", "ddp")
-        return not self.is_alone and not is_whole
-
     def said(self) -> dict[str, Any]:
         """For the plan's JSON and the receipt: how the model is divided, and whose plan it is."""
         if self.is_alone:
