@@ -12,9 +12,8 @@ waits in a collective), the process ends.
 
 from __future__ import annotations
 
-import _thread
+import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -190,9 +189,9 @@ class Watch:
         return max(self.pace.grace, self.pace.tidying - noticing)
 
     def _interrupt(self) -> None:
-        is_main = self._owner is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            _thread.interrupt_main()
+        # Not by SIGINT: a shell has a process that it starts in the background ignore it.
+        owner = ctypes.c_ulong(self._owner.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(owner, ctypes.py_object(KeyboardInterrupt))
 
     def _end(self) -> None:
         """The last resort: the main thread is where no exception reaches it."""

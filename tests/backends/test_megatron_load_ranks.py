@@ -72,6 +72,7 @@ LOADED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "zarr": ("biobert/masked_lm", "zarr/bert_fp32_tp1_mcore0.12.3", ZARR),
     "tied": ("llama/causal_lm", "tied", ()),
     "bert": ("biobert/masked_lm", "bert", ()),
+    "bert nemo2": ("biobert/masked_lm", "bert.nemo2", ()),
     "deep": ("llama/causal_lm", "deep", ()),
     "deep nemo2": ("llama/causal_lm", "deep.nemo2", ()),
     "deep zarr": ("llama/causal_lm", "deep.zarr", ()),
@@ -82,7 +83,7 @@ DEEP = ("deep", "deep nemo2", "deep zarr")
 DRAWN = {"new head": ("output_layer.weight",)}
 """What the checkpoint does not give."""
 
-TIED = ("tied", "bert")
+TIED = ("tied", "bert", "bert nemo2")
 UNPADDED = ("tied", *DEEP)
 """What one process has no more rows of than there are words."""
 ALL = ("llama", "new head", "mixtral", "zarr", *TIED, "deep nemo2", "deep zarr")
@@ -252,10 +253,15 @@ def where(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     transformers.MegatronBertForMaskedLM(bert).save_pretrained(folder / "bert")
     deep = transformers.LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(deep).save_pretrained(folder / "deep")
-    bioinit.convert(folder / "deep", folder / "converted", "nemo2")
-    for name, write in (("deep.nemo2", write_torch_dist), ("deep.zarr", write_zarr)):
-        shutil.copytree(folder / "converted/context", folder / name / "context")
-        write(folder / "converted", folder / name / "weights")
+    for name, write in (
+        ("deep.nemo2", write_torch_dist),
+        ("deep.zarr", write_zarr),
+        ("bert.nemo2", write_torch_dist),
+    ):
+        converted = folder / f"{name}.whole"
+        bioinit.convert(folder / name.partition(".")[0], converted, "nemo2")
+        shutil.copytree(converted / "context", folder / name / "context")
+        write(converted, folder / name / "weights")
     # As Megatron-LM writes it: the arguments of its run among the weights.
     shutil.copytree(folder / "deep.nemo2/weights", folder / "deep.lm")
     saved = {"args": Namespace(**ARGUMENTS), "checkpoint_version": 3.0, "iteration": 1}
