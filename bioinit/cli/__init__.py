@@ -68,10 +68,8 @@ def _stoppable() -> Iterator[None]:
         raise swallowed[-1]
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
-    # Python's own handler is the one by which a rank that is at work hears of another's failure.
-    # Any other is somebody's who ignores it.
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if is_alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Any other handler than Python's own is somebody's who ignores it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
