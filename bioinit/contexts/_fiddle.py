@@ -72,10 +72,10 @@ def parse_fiddle(document: Any, where: str) -> Any:
             f"{where} is of version {version!r:.40}, and fiddle's version {VERSION!r} is the one "
             "that can be read. Install a newer bioinit, or save the config with fiddle 0.3."
         )
-    return _Reader(document["objects"], where).value(document.get("root"), "root", 0)[0]
+    return Reader(document["objects"], where).value(document.get("root"), "root", 0)[0]
 
 
-class _Reader:
+class Reader:
     """One table. Every object is read once, with how many values it unfolds to."""
 
     def __init__(self, objects: dict[str, Any], where: str) -> None:
@@ -145,7 +145,7 @@ class _Reader:
         keys, size = self.value(metadata, f"{at} (keys)", depth + 1)
         if keys is None:  # not every writer repeats them beside the items
             keys = [self._literal(place, at) for place, _ in pairs]
-        if not isinstance(keys, list) or len(keys) != len(pairs):
+        if not isinstance(keys, list | tuple) or len(keys) != len(pairs):
             self._corrupt(at, "it has not as many keys as values")
         found: dict[Any, Any] = {}
         for key, (_, value) in zip(keys, pairs, strict=True):

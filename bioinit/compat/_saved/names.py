@@ -1,0 +1,197 @@
+"""The names that a saved file may use: what this program has said itself, and a short closed list.
+
+Nothing is imported because a file names it. A name is known if the running program
+
+- made a subclass of ``IOMixin`` of it, or called ``track_io`` on it;
+- called ``make_known`` on it, or wrote it into a file with ``io_dump``;
+- states it in the signature of such a class: a dataclass or an enum as a type, a class or a
+  function as a default;
+
+or if it is a dtype, an activation or an initializer of torch, or a plain type of Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, get_args
+
+from bioinit.contexts._aliases import MOVED
+from bioinit.errors import ConfigError
+from bioinit.record import names
+
+ABSENT = object()
+"""What :func:`find` answers for a name that is not known."""
+
+_HELD: dict[str, Any] = {}
+_WRITTEN: dict[Any, tuple[str, str]] = {}
+_SIGNED: dict[type, Mapping[str, Any]] = {}
+_PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+_MODULES = "ReLU GELU ReLU6 SiLU Sigmoid SELU ELU Hardtanh Hardswish LeakyReLU Mish Softplus Tanh"
+_INITIALIZERS = (
+    "constant_ dirac_ eye_ kaiming_normal_ kaiming_uniform_ normal_ ones_ orthogonal_ sparse_ "
+    "trunc_normal_ uniform_ xavier_normal_ xavier_uniform_ zeros_"
+)
+_C_FUNCTIONS = "torch._C._nn."
+_FUNCTIONAL = "torch.nn.functional."
+
+
+def dotted(value: Any) -> str:
+    """The name of a class or function, as files spell it: module and qualified name."""
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def register(value: Any, *others: str) -> None:
+    """Let saved files name a class, an enum or a function, and call it. The last one wins.
+
+    Args:
+        value: what they may name, by its own dotted name.
+        others: other dotted names for it, such as those from before it was moved.
+    """
+    for name in (dotted(value), *others):
+        _HELD[name] = value
+
+
+def write_as(value: Any, module: str, name: str) -> None:
+    """Write a class of ours under the name by which other readers know it, and know it by that."""
+    _WRITTEN[value] = module, name
+    register(value, f"{module}.{name}")
+
+
+def find(name: str) -> Any:
+    """What ``name`` means to this program, or :data:`ABSENT`."""
+    for spelled in dict.fromkeys((name, MOVED.get(name, name))):
+        if spelled in _HELD:
+            return _HELD[spelled]
+        found = _closed(spelled)
+        if found is ABSENT:
+            found = _member(spelled)
+        if found is ABSENT:
+            found = _signed(spelled)
+        if found is not ABSENT:
+            return found
+    return ABSENT
+
+
+def is_known(name: str) -> bool:
+    """Whether a file may name ``name``: a dotted name of a class or function."""
+    return find(name) is not ABSENT
+
+
+def may_be_called(value: Any) -> bool:
+    """Whether a file may have ``value`` called: what the program held, and its dataclasses."""
+    if any(value is held for held in _HELD.values()) or dataclasses.is_dataclass(value):
+        return True
+    return any(value is known for name, known in _torch().items() if name.startswith("torch.nn"))
+
+
+def public_name(value: Any) -> tuple[str, str] | None:
+    """Module and name to write for ``value``, where they are not those that Python gives it."""
+    if isinstance(value, type) and value in _WRITTEN:
+        return _WRITTEN[value]
+    for name, known in _torch().items():
+        if known is value:
+            module, _, last = name.rpartition(".")
+            return module, last
+    return None
+
+
+@functools.cache
+def _torch() -> Mapping[str, Any]:
+    """Dtypes, activations and initializers by the public names."""
+    import torch
+
+    found: dict[str, Any] = {
+        f"torch.{name}": value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype) and str(value) == f"torch.{name}"
+    }
+    found |= names._functions()
+    for name in _MODULES.split():
+        found[f"torch.nn.{name}"] = getattr(torch.nn, name)
+    for name in _INITIALIZERS.split():
+        found[f"torch.nn.init.{name}"] = getattr(torch.nn.init, name)
+    return found
+
+
+@functools.cache
+def _inner_names() -> Mapping[str, Any]:
+    """The same by the names that Python gives them, which older files have."""
+    found = {f"builtins.{kind.__name__}": kind for kind in _PLAIN}
+    for name, value in _torch().items():
+        if name.startswith(_FUNCTIONAL):
+            found[_C_FUNCTIONS + name.removeprefix(_FUNCTIONAL)] = value
+        if isinstance(value, type):
+            found[dotted(value)] = value
+    return found
+
+
+def _closed(name: str) -> Any:
+    return _torch().get(name, _inner_names().get(name, ABSENT))
+
+
+def _member(name: str) -> Any:
+    """A member of an enum that is known."""
+    kind, _, member = name.rpartition(".")
+    held = _HELD.get(kind, ABSENT)
+    if held is ABSENT:
+        held = _signed(kind)
+    if isinstance(held, type) and issubclass(held, enum.Enum):
+        return held.__members__.get(member, ABSENT)
+    return ABSENT
+
+
+def _signed(name: str) -> Any:
+    """What stands in the signature of a class that is known."""
+    for kind in [held for held in list(_HELD.values()) if isinstance(held, type)]:
+        if kind not in _SIGNED:
+            _SIGNED[kind] = {dotted(value): value for value in _in_signature(kind)}
+        if name in _SIGNED[kind]:
+            return _SIGNED[kind][name]
+    return ABSENT
+
+
+def _in_signature(kind: type) -> Iterator[Any]:
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except (TypeError, ValueError):
+        return
+    for parameter in parameters:
+        if isinstance(parameter.default, enum.Enum):
+            yield type(parameter.default)
+        elif isinstance(parameter.default, type | FunctionType | BuiltinFunctionType):
+            yield parameter.default
+    hinted: Callable[..., Any] = kind if dataclasses.is_dataclass(kind) else kind.__init__  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(hinted)
+    except (NameError, TypeError, AttributeError):
+        return
+    for hint in hints.values():
+        for part in _parts(hint):
+            if dataclasses.is_dataclass(part) or issubclass(part, enum.Enum):
+                yield part
+
+
+def _parts(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type):
+        yield hint
+    for part in get_args(hint):
+        yield from _parts(part)
+
+
+def require_named(value: Any, at: str) -> None:
+    """Refuse what has no name of its own.
+
+    Raises:
+        ConfigError: it is a lambda, or has no name.
+    """
+    name = getattr(value, "__qualname__", None)
+    if not isinstance(name, str) or "<lambda>" in name or not getattr(value, "__module__", None):
+        raise ConfigError(
+            f"{at}: {value!r} has no name to write down. Use a function that a module defines."
+        )

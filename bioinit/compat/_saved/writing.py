@@ -1,0 +1,259 @@
+"""``io.json`` and the ``.yaml`` files beside it: what an object was made from, written down.
+
+The format is fiddle's, as NeMo 2 writes it. Everything is written beside the folder first and
+moved into it at the end, ``io.json`` last.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import functools
+import inspect
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import fiddle as fdl
+import torch
+import yaml
+from fiddle._src.experimental import serialization
+
+from bioinit.compat._saved import names
+from bioinit.compat._saved.artifact import artifacts_of
+from bioinit.errors import ConfigError
+from bioinit.keys import suggestion
+from bioinit.storage import disk_error
+
+IO_FILE = "io.json"
+_LEAVES = (int, float, bool, str, type(None))
+_REFERRED = (type, FunctionType, BuiltinFunctionType, MethodType, enum.Enum, torch.dtype)
+_NOTHING = object()
+
+
+class Unwritable(ConfigError, serialization.UnserializableValueError):
+    """A value that ``io.json`` cannot hold."""
+
+
+def dump(instance: Any, output: Path | str, yaml_attrs: Iterable[str] = ()) -> None:
+    """Write what ``instance`` was made from into the folder ``output``; all of it, or nothing.
+
+    Raises:
+        Unwritable: an argument is neither plain data nor an object that is tracked.
+        ConfigError: ``yaml_attrs`` names something that is no argument.
+        StorageError: the file system refused.
+    """
+    folder = Path(output)
+    attrs = tuple(yaml_attrs)
+    for name in attrs:
+        if not hasattr(instance.__io__, name):
+            known = sorted(map(str, dir(instance.__io__)))
+            raise ConfigError(
+                f"yaml_attrs names {name!r}, which is no argument of {type(instance).__name__}. "
+                + suggestion(name, known)
+            )
+    half = folder / f".{IO_FILE}.partial"
+    try:
+        created = not folder.exists()
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        try:
+            record = _Plain(half).of(instance, "<root>")
+            texts = {f"{name}.yaml": _yaml(getattr(record, name)) for name in attrs}
+            texts[IO_FILE] = json.dumps(_Writer(record).result)
+            for name, text in texts.items():
+                (half / name).write_text(text, encoding="utf-8")
+            for path in sorted(half.iterdir(), key=lambda p: (p.name == IO_FILE, p.name)):
+                _move(path, folder / path.name)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+            if created and folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+    except OSError as error:
+        raise disk_error(error, f"write {folder / IO_FILE}") from error
+
+
+def _move(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        source.replace(target)
+        return
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        _move(path, target / path.name)
+
+
+class _Plain:
+    """A copy of a record in which everything is a record or plain data. Shared stays shared."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, value: Any, at: str) -> Any:
+        if type(value) in _LEAVES:
+            return value
+        if id(value) not in self.known:
+            # The value is kept too: its id stays its own.
+            self.known[id(value)] = value, self._made(value, at)
+        return self.known[id(value)][1]
+
+    def _made(self, value: Any, at: str) -> Any:
+        if isinstance(value, fdl.Buildable):
+            return self._record(value, None, at)
+        if isinstance(value, _REFERRED):
+            return self._referred(value, at)
+        record = getattr(value, "__io__", None)
+        if isinstance(record, fdl.Buildable):
+            return self._record(record, value, at)
+        if type(value) in (list, tuple, set, frozenset):
+            return type(value)(self.of(item, f"{at}[{i}]") for i, item in enumerate(value))
+        if type(value) is dict:
+            return {
+                self._key(key, at): self.of(item, f"{at}[{key!r}]") for key, item in value.items()
+            }
+        if type(value) is bytes:
+            return value
+        if isinstance(value, functools.partial):
+            whole = fdl.Partial(value.func, *value.args, **value.keywords)
+            return self._record(whole, None, at)
+        if isinstance(value, PurePath):
+            names.register(Path)
+            return fdl.Config(Path, str(value))
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            return self._record(fdl.Config(type(value), **fields), value, at)
+        kind = type(value)
+        raise Unwritable(
+            f"{at} is a {names.dotted(kind)}, which {IO_FILE} cannot hold: only plain data and "
+            f"objects that are tracked are written. Call track_io({kind.__name__}) before it is "
+            "made, or pass what it is made from."
+        )
+
+    def _key(self, key: Any, at: str) -> Any:
+        if type(key) in _LEAVES or isinstance(key, enum.Enum):
+            return self.of(key, at)
+        if type(key) is tuple:
+            return tuple(self._key(part, at) for part in key)
+        raise Unwritable(
+            f"{at} has the key {key!r:.80}, and {IO_FILE} holds text, numbers and tuples of them "
+            "as keys. Use one of these."
+        )
+
+    def _referred(self, value: Any, at: str) -> Any:
+        if isinstance(value, enum.Enum):
+            names.register(type(value))
+        elif not isinstance(value, torch.dtype) and names.public_name(value) is None:
+            names.require_named(value, at)
+            names.register(value)
+        return value
+
+    def _record(self, record: Any, instance: Any, at: str) -> Any:
+        made = copy.copy(record)
+        names.register(fdl.get_callable(record))
+        arguments = made.__arguments__
+        for key, value in self._with_artifacts(made, instance, at).items():
+            arguments[key] = self.of(
+                value, f"{at}.{key}" if isinstance(key, str) else f"{at}[{key}]"
+            )
+        return made
+
+    def _with_artifacts(self, record: Any, instance: Any, at: str) -> dict[Any, Any]:
+        """The arguments, with files copied and named by where they lie now."""
+        found = dict(record.__arguments__)
+        for artifact in artifacts_of(fdl.get_callable(record)):
+            value = getattr(record, artifact.attr, None)
+            if artifact.skip or (value is None and not artifact.required):
+                continue
+            if value is None:
+                raise MissingArtifact(
+                    f"{at}.{artifact.attr} is required, because it is an artifact, but is not "
+                    f"provided. Pass it, or declare {artifact!r} with required=False."
+                )
+            found[artifact.attr] = artifact.dump(instance, value, self.folder, Path())
+        return found
+
+
+class MissingArtifact(ConfigError, ValueError):
+    """A file that must be saved along is not there."""
+
+
+class _Writer(serialization.Serialization):  # type: ignore[misc]
+    """fiddle's writer, which finds names without importing and knows torch's dtypes."""
+
+    def _serialize(self, value: Any, current_path: Any, all_paths: Any = None) -> dict[str, Any]:
+        if isinstance(value, torch.dtype | BuiltinFunctionType):
+            found = self._pyref(value, current_path)
+            if all_paths is not None:
+                found["paths"] = serialization.path_strs(all_paths)
+            return found
+        return super()._serialize(value, current_path, all_paths)  # type: ignore[no-any-return]
+
+    def _pyref(self, value: Any, current_path: Any) -> dict[str, Any]:
+        module, name = _named(value)
+        return {"type": "pyref", "module": module, "name": name}
+
+
+def _named(value: Any) -> tuple[str, str]:
+    """The module and the name by which a class, a function or a member of an enum is written."""
+    if isinstance(value, enum.Enum):
+        return type(value).__module__, f"{type(value).__qualname__}.{value.name}"
+    return names.public_name(value) or (value.__module__, value.__qualname__)
+
+
+def _yaml(value: Any) -> str:
+    shown = _shown(value)
+    return yaml.safe_dump(shown, allow_unicode=True)
+
+
+def _shown(value: Any) -> Any:
+    """Every argument and every default of a record, for people and for readers of YAML."""
+    if isinstance(value, fdl.Buildable):
+        target = fdl.get_callable(value)
+        found: dict[str, Any] = {"_target_": ".".join(_named(target))}
+        if isinstance(value, fdl.Partial):
+            found["_partial_"] = True
+        places = {key: item for key, item in value.__arguments__.items() if isinstance(key, int)}
+        if places:
+            found["_args_"] = [_shown(item) for _, item in sorted(places.items())]
+        named = {k: v for k, v in value.__arguments__.items() if isinstance(k, str)}
+        for key, item in {**defaults(target), **named}.items():
+            found[key] = _shown(item)
+        return found
+    if isinstance(value, enum.Enum):
+        kind = names.dotted(type(value))
+        return {"_target_": kind, "_call_": True, "_args_": [value.value], "_name_": value.name}
+    if isinstance(value, torch.dtype):
+        return {"_target_": str(value), "_call_": False}
+    if isinstance(value, type | FunctionType | BuiltinFunctionType | MethodType):
+        return {"_target_": ".".join(_named(value)), "_call_": False}
+    if isinstance(value, Mapping):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_shown(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    if type(value) in _LEAVES:
+        return value
+    return {"_target_": names.dotted(type(value)), "_call_": True}
+
+
+def defaults(target: Any) -> dict[str, Any]:
+    """The default of every parameter; of a ``default_factory`` a fresh value."""
+    factories = {}
+    if dataclasses.is_dataclass(target):
+        factories = {
+            f.name: f.default_factory
+            for f in dataclasses.fields(target)
+            if f.default_factory is not dataclasses.MISSING
+        }
+    found = {}
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.name in factories:
+            found[parameter.name] = factories[parameter.name]()
+        elif parameter.default is not parameter.empty:
+            found[parameter.name] = parameter.default
+    return found
