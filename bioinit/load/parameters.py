@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from bioinit.keys import Pattern
 from bioinit.layout import numel
 from bioinit.load.memory import allocate
 from bioinit.ranks import World
-from bioinit.targets import Slot, Target, held_strides, is_divided, local
+from bioinit.targets import Slot, Target, describe, held_strides, is_divided, local, slots
 
 
 class FullySharded:
@@ -120,6 +120,75 @@ def like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     for name, value in tensor.__dict__.items():
         new.__dict__.setdefault(name, value)
     return new
+
+
+def overwrite(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Put ``values`` into the memory that ``parameter`` has, in its dtype and on its device.
+
+    Raises:
+        ConfigError: it is divided, on meta, or of another shape.
+    """
+    if is_divided(parameter) or parameter.is_meta or parameter.shape != values.shape:
+        kind = "a divided" if is_divided(parameter) else "a"
+        raise ConfigError(
+            f"cannot put values {list(values.shape)} into {kind} parameter {list(parameter.shape)} "
+            f"on {parameter.device}: it should be whole, in memory, and of the same shape. Load "
+            "the model with bioinit.load_weights, which knows parameters of every kind."
+        )
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def fill(
+    root: nn.Module, values: MutableMapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Give parameters and buffers of ``root``, by any of their names, ``values`` of their shapes.
+
+    What has memory of the right dtype is filled in place; else it gets memory of its own, and
+    stays the same kind of parameter, tied as it was. Nothing shares memory with a value after that.
+
+    Args:
+        root: undivided; on meta, or with memory of its own.
+        values: emptied on the way, so that each can be given back once it is in place.
+        dtype: what everything floating in ``root`` has afterwards, whether it has a value or not.
+    """
+    tied: dict[str, list[Slot]] = {}
+    owner: dict[str, str] = {}
+    described = describe(root)
+    for slot in slots(root):
+        owner[slot.key] = described[slot.key].tied_to or slot.key
+        tied.setdefault(owner[slot.key], []).append(slot)
+    live = {_memory(slot.tensor) for held in tied.values() for slot in held} - {0}
+    for key, value in values.items():
+        own = tied[owner[key]][0].tensor
+        is_own = value.data_ptr() == own.data_ptr() and value.stride() == own.stride()
+        if _memory(value) in live and not is_own:
+            # A view of another target, which would be read after that one is written.
+            values[key] = value.clone()
+    with torch.no_grad():
+        while values:
+            key, value = values.popitem()
+            places = tied[owner[key]]
+            held = places[0].tensor
+            floating = dtype is not None and value.is_floating_point()
+            final = dtype if dtype is not None and floating else held.dtype
+            if held.dtype == final and not held.is_meta:
+                held.detach().copy_(value)
+                continue
+            device = value.device if held.is_meta else held.device
+            memory = allocate(tuple(held.shape), final, device, held_strides(held))
+            memory.copy_(value)
+            made: dict[int, torch.Tensor] = {}
+            for place in places:
+                new = made.setdefault(id(place.tensor), like(place.tensor, memory))
+                put(place, new)
+        if dtype is not None:
+            root.to(dtype)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where its storage lies; 0 without memory."""
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def is_finite(tensor: torch.Tensor, chunk: int = 2**22) -> bool:
