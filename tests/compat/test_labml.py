@@ -436,6 +436,42 @@ def test_int8_is_refused_in_words(neox):
         generator(neox, is_llm_int8=True)
 
 
+# ------------------------------------------------------------------ fine-tuning
+
+
+def test_three_biases_of_each_layer_are_trained_and_kept(neox):
+    layers = list(generator(neox, filter_layers={0, 1, 2, 4}).load())
+    tuner = labml.FineTuneBiases(layers)
+    tuner.set_trainable_params()
+    names = [
+        f"layer_0{number}.{name}.bias"
+        for number in (1, 2)
+        for name in ("attention.output", "attention.qkv_lin", "ffn.dense_h_h4")
+    ]
+    assert list(tuner.get_trainable_params()) == names
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in tuner.get_trainable_params().values()}
+    kept = {name: tensor + 1 for name, tensor in tuner.state_dict().items()}
+    fresh = labml.FineTuneBiases(generator(neox, filter_layers={0, 1, 2, 4}).load())
+    fresh.load_state_dict(kept)
+    assert all(torch.equal(p, kept[n]) for n, p in fresh.get_trainable_params().items())
+
+
+def test_a_state_that_does_not_fit_changes_nothing(neox):
+    tuner = labml.FineTuneBiases(generator(neox, filter_layers={1}).load())
+    before = {name: tensor.clone() for name, tensor in tuner.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    last = list(state)[-1]
+    with pytest.raises(AssertionError, match=r"'layer_09\.x', which is not trained"):
+        tuner.load_state_dict({**state, "layer_09.x": torch.ones(1)})
+    with pytest.raises(labml.WrongShape, match=last):
+        tuner.load_state_dict({**state, last: torch.ones(1)})
+    del state[last]
+    with pytest.raises(KeyError, match=last):
+        tuner.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuner.state_dict().items())
+
+
 # ------------------------------------------------------------------ where the files are
 
 
@@ -464,7 +500,8 @@ def test_neither_labml_nor_transformers_is_imported():
 
 
 def test_every_name_has_a_docstring_that_says_what_it_stands_for():
-    own = {"DownloadProgress", "Layer", "MissingKey", "PartitionsDiffer", "WrongShape"}
+    own = {"DownloadProgress", "Layer", "MissingKey", "PartitionsDiffer"}
+    own |= {"UnknownKey", "WrongShape"}
     for name in set(labml.__all__) - own - {"CHECKPOINTS_URL"}:
         assert "labml_nn.neox" in getattr(labml, name).__doc__, name
     assert labml.CHECKPOINTS_URL.endswith("/GPT-NeoX-20B/slim_weights/")

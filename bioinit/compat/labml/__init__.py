@@ -1,10 +1,10 @@
 """GPT-NeoX's "slim weights" as labml's annotated implementation reads them, layer by layer.
 
-In the place of ``labml_nn.neox``: ``checkpoint`` and ``model`` have the same names here, and all
-of them can be imported from this package. Neither labml nor labml_nn is needed. What is different
-is said in each docstring and in one table of ``docs/migration.md``: downloads go on where they were
-cut off, pickles are read without being run, every merge holds shapes and partitions against each
-other, and other depths and numbers of partitions than those of the 20B model are read.
+In the place of ``labml_nn.neox``: ``checkpoint``, ``model`` and ``finetune`` have the same names
+here, and all of them can be imported from this package. Neither labml nor labml_nn is needed. What
+is different is said in each docstring and in one table of ``docs/migration.md``: downloads go on
+where they were cut off, pickles are read without being run, every merge holds shapes and partitions
+against each other, and other depths and numbers of partitions than those of the 20B model are read.
 
 >>> from bioinit.compat.labml import get_files_to_download
 >>> len(get_files_to_download())
@@ -30,6 +30,7 @@ from bioinit.compat.labml.checkpoint import (
     get_files_to_download,
     load_checkpoint_files,
 )
+from bioinit.compat.labml.finetune import FineTuneBiases, FineTuner, UnknownKey
 from bioinit.compat.labml.model import (
     Embedding,
     FinalNorm,
@@ -45,6 +46,8 @@ __all__ = [
     "DownloadProgress",
     "Embedding",
     "FinalNorm",
+    "FineTuneBiases",
+    "FineTuner",
     "Layer",
     "LayerGenerator",
     "MissingKey",
@@ -52,6 +55,7 @@ __all__ = [
     "PartitionsDiffer",
     "ReadoutLayer",
     "TransformerLayer",
+    "UnknownKey",
     "WrongShape",
     "download",
     "get_checkpoints_download_path",
