@@ -569,7 +569,7 @@ def test_the_same_names_out_of_other_elements_are_other_work(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[tuple[Any, ...]] = []
-    room = sys.modules["bioinit.convert"]
+    room = sys.modules["bioinit.convert.decided"]
     monkeypatch.setattr(room, "digest_of", lambda *given: seen.append(given) or digest_of(*given))
     bioinit.convert(llama, tmp_path / "out", "nemo2")
     [(source, options, given, plan, side, tensors)] = seen

@@ -12,8 +12,8 @@ HOUSE = ROOT / "bioinit"
 STAIRCASE = (  # reading order is import order: import only what stands before you
     "version collector errors keys siblings layout shards rules mapping transforms rulebook "
     "prefixes storage unpickle ranks record config targets formats contexts backends families "
-    "parallelize merge report describe plan load save recipe initialize convert integrations "
-    "compat cli __main__ __init__"
+    "parallelize merge report describe plan sides load save recipe convert cache initialize "
+    "integrations migrate compat cli __main__ __init__"
 ).split()
 CORRIDORS = ("formats", "contexts", "backends", "families", "integrations", "compat")
 MODULES = sorted(HOUSE.rglob("*.py"))

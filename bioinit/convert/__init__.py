@@ -9,38 +9,22 @@ again by the next one that wants the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bioinit import collector, families, formats
-from bioinit.convert.models import check_model_id
+from bioinit.convert.decided import Decided, Progress, decide
 from bioinit.convert.options import Options
-from bioinit.convert.output import as_it_is, beside
-from bioinit.convert.source import Source, describe, find_context, find_family
-from bioinit.convert.tables import Planned, plan, plan_as_it_is
-from bioinit.convert.work import digest_of
-from bioinit.convert.zeros import require_zeros
 from bioinit.families import open_checkpoint
-from bioinit.families.protocol import SourceField, Written
-from bioinit.formats.protocol import Outgoing, WriteOptions
-from bioinit.load.stream import Stream
+from bioinit.families.protocol import SourceField
 from bioinit.plan import LoadPlan
-from bioinit.plan.spelled import common_dtype
-from bioinit.report import human_bytes, printable, raise_for, render_claims
-from bioinit.save import carry, with_receipt
-from bioinit.save.beside import Beside, put
-from bioinit.save.worlds import writers
-from bioinit.storage import Journal, Words, require_free, resumable_folder
+from bioinit.report import human_bytes, printable, render_claims
+from bioinit.storage import Words, require_free, resumable_folder
 
-__all__ = ["Converted", "convert"]
-
-Progress = Callable[[int, int], None]
-"""Told how many bytes have been read, and how many there are."""
-
+__all__ = ["Converted", "Decided", "Options", "Progress", "convert", "decide"]
 
 _WORDS = Words("destination", "--overwrite")
 
@@ -138,101 +122,19 @@ def convert(
         beside_it = [Path(given).expanduser() for given in (config, tokenizer) if given is not None]
         keep = (checkpoint.path, *(file.path for file in checkpoint.files), *beside_it)
         require_free(destination, overwrite=overwrite, keep=keep, words=_WORDS)
-        context = find_context(checkpoint, config)
-        name = find_family(checkpoint, context, family)
-        given = dict(set or {})
-        dialect = families.load(name).dialects.get(to)
-        if dialect is not None and dialect.partitions:
-            given.setdefault(dialect.partitions, options.partitions)
-        with collector.paused():
-            described = describe(checkpoint, name, context, given, architecture)
-            said = () if model_id is None else check_model_id(model_id, described)
-            planned, side = _decide(described, options, tokenizer)
-            noted = replace(planned.plan, notes=(*planned.plan.notes, *said))
-            planned = replace(planned, plan=noted)
-        raise_for(planned.plan.problems, "the conversion has")
-        require_zeros(checkpoint, planned.zeros)
-        stream = Stream(
-            planned.plan,
-            checkpoint.files,
-            checkpoint.tensors,
-            _counted(progress, planned.plan.bytes_to_read),
+        decided = decide(
+            checkpoint,
+            options,
+            family=family,
+            config=config,
+            set=set,
+            architecture=architecture,
+            tokenizer=tokenizer,
+            model_id=model_id,
         )
-        account = () if described.saved is None else described.saved.account
-        tensors = stream.outgoing(lambda key: side.written.front + key)
-        work = digest_of(described, options, given, planned.plan, side, tensors)
-        with resumable_folder(destination, work, overwrite=overwrite, keep=keep, words=_WORDS) as (
-            at,
-            journal,
-        ):
-            _write(tensors, options, side.written, at, journal)
-            put(at, side.made)
-            carry(at, side.homes, side.copied)
-            receipt = with_receipt(
-                at,
-                {
-                    **planned.plan.to_json(),
-                    "bytes_read": stream.bytes_read,
-                    "seconds": round(time.perf_counter() - started, 6),
-                    "remarks": list(dict.fromkeys(r for f in checkpoint.files for r in f.remarks)),
-                    "output": {"dialect": options.to, "format": options.format},
-                    "source_fields": [field._asdict() for field in account],
-                    "written_fields": [field._asdict() for field in side.written.account],
-                },
-                _digested(journal, side.written.weights),
-            )
-    return Converted(Path(destination), planned.plan, account, receipt)
-
-
-def _decide(
-    source: Source, options: Options, tokenizer: str | Path | None
-) -> tuple[Planned, Beside]:
-    context = source.context
-    is_saved_so = context is not None and options.to in (
-        said.dialect for said in (context, *context.beside)
-    )
-    if is_saved_so and not writers(source.family) and options.to == "hf":
-        planned = plan_as_it_is(source, options.dtype, options.drop)
-        return planned, as_it_is(source, tokenizer, options.dtype)
-    planned = plan(source, options.to, options.dtype, options.drop)
-    # Names that do not fit are the better message than a field that the other world lacks.
-    raise_for(planned.plan.problems, "the conversion has")
-    return planned, beside(source, options.to, tokenizer, common_dtype(planned.plan))
-
-
-def _write(
-    tensors: Sequence[Outgoing], options: Options, written: Written, folder: Path, journal: Journal
-) -> None:
-    write = formats.load(options.format).write
-    assert write is not None  # the options were checked
-    weights = folder / written.weights
-    weights.mkdir(parents=True, exist_ok=True)
-    given = WriteOptions(
-        max_shard_bytes=options.max_shard_bytes,
-        partitions=options.partitions,
-        objects=written.objects,
-        common=written.common,
-    )
-    write(weights, tensors, given, journal)
-
-
-def _digested(journal: Journal, weights: str) -> dict[str, str]:
-    """The digests that a writer noted for its files, by their paths in the output."""
-    return {
-        f"{weights}/{name}".lstrip("/"): note["sha256"]
-        for name, note in journal.notes.items()
-        if isinstance(note, dict) and "sha256" in note
-    }
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def arrived(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    return arrived
+        writing = decided.begin(progress, started)
+        with resumable_folder(
+            destination, writing.work, overwrite=overwrite, keep=keep, words=_WORDS
+        ) as (at, journal):
+            receipt = writing.into(at, journal)
+    return Converted(Path(destination), decided.plan, decided.account, receipt)

@@ -49,7 +49,7 @@ class Options(NamedTuple):
         if partitions is not None and partitions < 1:
             raise ConfigError(f"partitions={partitions}: there must be one at least.")
         if max_shard_size is not None:
-            shards = WriteOptions(max_shard_bytes=_bytes(max_shard_size))
+            shards = WriteOptions(max_shard_bytes=bytes_of(max_shard_size))
             _require_honoured(chosen, "max_shard_bytes", f"max_shard_size={max_shard_size}")
         if (partitions or 1) > 1:
             _require_honoured(chosen, "partitions", f"partitions={partitions}")
@@ -67,10 +67,10 @@ def _require_honoured(format: str, option: str, said: str) -> None:
     )
 
 
-def _bytes(size: int | str) -> int:
+def bytes_of(size: int | str, what: str = "max_shard_size") -> int:
     """The bytes that ``5GB`` or ``500MiB`` are.
 
-    >>> _bytes("5GB"), _bytes("1 KiB"), _bytes(17)
+    >>> bytes_of("5GB"), bytes_of("1 KiB"), bytes_of(17)
     (5000000000, 1024, 17)
     """
     match = _SIZE.fullmatch(str(size).strip()) if len(str(size)) <= _LONGEST else None
@@ -81,5 +81,5 @@ def _bytes(size: int | str) -> int:
         power: int = _STEPS.index(unit[0]) + 1 if unit else 0
         count = int(number * base**power)
     if count < 1:
-        raise ConfigError(f"max_shard_size={size!r} is no size. Write 5GB, 500MiB or bytes.")
+        raise ConfigError(f"{what}={size!r} is no size. Write 5GB, 500MiB or bytes.")
     return count

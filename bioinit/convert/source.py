@@ -14,12 +14,12 @@ from bioinit.contexts.protocol import Context
 from bioinit.convert.proved import is_whole, proved, require_stated
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family, ReadFields
-from bioinit.initialize.prepare import require_sane
 from bioinit.layout import Dims
 from bioinit.merge import Decision, merge
 from bioinit.record import Origin, build, make_record
 from bioinit.report import raise_for
 from bioinit.save.beside import carried_fields
+from bioinit.sides.sane import require_sane
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from bioinit.convert.source import Source
 from bioinit.errors import Problem
 from bioinit.families.protocol import Canonical
 from bioinit.formats._filling import SLAB_BYTES
-from bioinit.initialize.said import about, notes_on
-from bioinit.initialize.sides import solved
 from bioinit.keys import SkipPrefix
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as Table
@@ -26,6 +24,8 @@ from bioinit.plan.spelled import Held, spelled_targets, whole_target
 from bioinit.prefixes import Spelling
 from bioinit.report import Unused
 from bioinit.save.worlds import written_dialect
+from bioinit.sides import solved
+from bioinit.sides.said import about, notes_on
 from bioinit.storage import worker_count
 from bioinit.transforms.claims import across, promised
 from bioinit.version import __version__

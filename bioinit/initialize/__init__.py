@@ -18,7 +18,6 @@ from bioinit.config import InitPolicy, Placement, Run, TrainableModelConfig
 from bioinit.errors import ConfigError
 from bioinit.families import open_checkpoint
 from bioinit.initialize.division import Parallelize
-from bioinit.initialize.given import Given
 from bioinit.initialize.prepare import Prepared, is_shared, prepare, prepare_module
 from bioinit.load import execute
 from bioinit.load.exchange import is_worth_it
@@ -28,6 +27,7 @@ from bioinit.ranks.meeting import started
 from bioinit.record import build, make_record
 from bioinit.report import LoadReport, raise_for
 from bioinit.save import save
+from bioinit.sides.given import Given
 from bioinit.storage import require_free
 from bioinit.targets import mesh_device
 

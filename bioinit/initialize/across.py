@@ -20,11 +20,11 @@ from bioinit.contexts import Checkpoint
 from bioinit.contexts.protocol import Context
 from bioinit.errors import ConfigError
 from bioinit.families.protocol import Family
-from bioinit.initialize.sides import NamesOf
 from bioinit.layout import Dims
 from bioinit.mapping import Names
 from bioinit.merge import merge
 from bioinit.record import build, make_record
+from bioinit.sides import NamesOf
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
 _DIALECTS = {"transformers": "hf", "megatron": "megatron"}

@@ -15,20 +15,17 @@ import fiddle as fdl
 from torch import nn
 
 from bioinit import collector, families
-from bioinit.backends.protocol import MOST_LABELS, Backend, Make, built_class
+from bioinit.backends.protocol import Backend, Make, built_class
 from bioinit.config import InitPolicy, Run, TrainableModelConfig
 from bioinit.contexts import Checkpoint
-from bioinit.errors import ConfigError, CorruptCheckpoint, Problem
+from bioinit.errors import ConfigError, Problem
 from bioinit.families.protocol import Family
 from bioinit.formats.protocol import StoredTensor
 from bioinit.initialize.across import described_by, names_across
 from bioinit.initialize.division import Division, Parallelize, require_alike
 from bioinit.initialize.facts import facts, loading_facts
-from bioinit.initialize.given import Given
 from bioinit.initialize.layers import Layers
 from bioinit.initialize.outputs import across_for
-from bioinit.initialize.said import about, notes_on
-from bioinit.initialize.sides import model_side, names_of_family, names_of_module
 from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
 from bioinit.merge import merge
@@ -39,12 +36,13 @@ from bioinit.ranks import ALONE, World
 from bioinit.record import build, make_record, set_in
 from bioinit.save.across import Across
 from bioinit.save.plain import Plain
+from bioinit.sides import model_side, names_of_family, names_of_module
+from bioinit.sides.given import Given
+from bioinit.sides.said import about, notes_on
+from bioinit.sides.sane import require_sane
 from bioinit.storage import File
 from bioinit.targets import describe, is_divided, slots
 from bioinit.version import __version__
-
-# ``shared_expert_intermediate_size`` and ``block_size`` are sizes, not counts.
-_COUNT = re.compile(r"(.*_)?(layers|experts|blocks)|(n|num)_(layer|expert|block)")
 
 
 @dataclass
@@ -280,28 +278,6 @@ def _nothing_to_load_into(module: nn.Module) -> Problem:
         f"{kind} has no parameter and no buffer, so nothing can be loaded into it.",
         "Name a class that is a whole model in model.architecture, or in your configure_model().",
     )
-
-
-def require_sane(data: Any, where: str, stored: int, at: str = "") -> None:
-    """Refuse counts that no checkpoint of ``stored`` tensors has: building them takes for ever."""
-    most = max(1000, 4 * stored)
-    pairs = data.items() if isinstance(data, Mapping) else enumerate(data)
-    for key, value in pairs:
-        name = f"{at}{key}"
-        if isinstance(value, Mapping | list | tuple):
-            require_sane(value, where, stored, f"{name}.")
-        elif not isinstance(value, int):
-            continue
-        elif key == "num_labels" and value > MOST_LABELS:
-            raise CorruptCheckpoint(
-                f"{where}: {name} is {value}, and no head has more than {MOST_LABELS} labels. "
-                "Correct the file, or fetch it again."
-            )
-        elif _COUNT.fullmatch(str(key)) and value > most:
-            raise CorruptCheckpoint(
-                f"{where}: {name} is {value}, but the checkpoint stores {stored} tensors, and at "
-                f"most {most} could go with them. Correct the file, or fetch it again."
-            )
 
 
 def _family(record: fdl.Config[Run], run: Run) -> Family:

@@ -25,7 +25,7 @@ from bioinit.save.across import Across
 from bioinit.save.folder import common_folder
 from bioinit.save.plain import BY_BACKENDS, Plain
 from bioinit.save.writing import write_weights
-from bioinit.storage import File, Folder, Journal, worker_count
+from bioinit.storage import MADE_OF, File, Folder, Journal, worker_count
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -177,7 +177,7 @@ def verify(path: str | Path) -> list[dict[str, str]]:
             digest = _digest(folder.path / name)
             status = "unchanged" if digest == entry["sha256"] else "changed"
         found.append({"path": name, "status": status})
-    known = {RECEIPT, *(entry["path"] for entry in found)}
+    known = {RECEIPT, MADE_OF, *(entry["path"] for entry in found)}
     added = (name for name in _files_in(folder.path) if name not in known)
     found.extend({"path": name, "status": "added"} for name in added)
     wrong = [

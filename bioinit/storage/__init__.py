@@ -11,9 +11,10 @@ from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
 from bioinit.storage.made import Made, filled, in_memory
 from bioinit.storage.workers import run_workers, worker_count
-from bioinit.storage.write import Words, atomic_folder, require_free, resumable_folder
+from bioinit.storage.write import MADE_OF, Words, atomic_folder, require_free, resumable_folder
 
 __all__ = [
+    "MADE_OF",
     "File",
     "Folder",
     "Journal",

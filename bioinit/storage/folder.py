@@ -43,6 +43,7 @@ class Folder:
         *,
         only: str | None = None,
         members: Mapping[str, File] | None = None,
+        asked: dict[Path, File] | None = None,
     ) -> None:
         self.path = path
         self._only = only
@@ -50,6 +51,7 @@ class Folder:
         self._inner: dict[str, dict[str, File]] | None = None
         self._entries: dict[str, bool] | None = None
         self._files: dict[str, File] = {}
+        self._asked: dict[Path, File] = {} if asked is None else asked
 
     @classmethod
     def at(cls, path: str | Path) -> Self:
@@ -111,6 +113,11 @@ class Folder:
         self.close()
 
     @property
+    def asked(self) -> tuple[File, ...]:
+        """Every file that was asked for here, or in a folder that this one led to."""
+        return tuple(self._asked.values())
+
+    @property
     def is_file(self) -> bool:
         """Whether a person pointed at a single file."""
         return self._only is not None
@@ -118,14 +125,15 @@ class Folder:
     @property
     def around(self) -> Folder | None:
         """The directory a single file lies in; None for a directory, and inside an archive."""
-        return Folder(self.path.parent) if self.is_file and self._members is None else None
+        alone = self.is_file and self._members is None
+        return Folder(self.path.parent, asked=self._asked) if alone else None
 
     @property
     def parent(self) -> Folder | None:
         """The directory above this one; None for what has none, and inside an archive."""
         if self._members is not None or self.path.parent == self.path:
             return None
-        return Folder(self.path.parent)
+        return Folder(self.path.parent, asked=self._asked)
 
     def has_sibling(self, name: str) -> bool:
         """Whether something called ``name`` lies beside this directory."""
@@ -176,6 +184,7 @@ class Folder:
                 raise StorageError(f"cannot read {self}/{shown(name)}: {self} is a file.")
             found = File.at(self.path if self.is_file else self.path / name, name)
             self._files[name] = found
+            self._asked.setdefault(found.path, found)  # the first look counts
         return found
 
     def require_inside(self, name: str) -> None:
@@ -200,11 +209,11 @@ class Folder:
             members = self._members_by_folder().get(first)
             if members is None:
                 raise StorageError(f"{self} has no folder {name!r}. Check the path.")
-            inner = Folder(self.path / first, members=members)
+            inner = Folder(self.path / first, members=members, asked=self._asked)
             return inner.folder(rest) if rest else inner
         if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
             raise StorageError(f"{self} has no folder {name!r}. Check the path.")
-        return Folder(self.path / name)
+        return Folder(self.path / name, asked=self._asked)
 
     def _members_by_folder(self) -> dict[str, dict[str, File]]:
         """Members below each inner folder; once for all, or many folders would be quadratic."""
@@ -220,8 +229,8 @@ class Folder:
         """The file called ``name`` as a folder of one, sharing its descriptor with this folder."""
         file = self.file(name)
         if self._members is not None:
-            return Folder(self.path / name, only=name, members={name: file})
-        alone = Folder(file.path, only=file.path.name)
+            return Folder(self.path / name, only=name, members={name: file}, asked=self._asked)
+        alone = Folder(file.path, only=file.path.name, asked=self._asked)
         alone._files[file.path.name] = file
         return alone
 

@@ -1,23 +1,50 @@
-"""One process writes a folder at a time."""
+"""Locks that a crash gives back: one process writes a folder at a time, many may read it."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bioinit.errors import StorageError
 from bioinit.storage.file import disk_error
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.2
+
 
 @contextmanager
-def locked(final: Path) -> Iterator[None]:
-    """Keep other processes from writing ``final``: the first one wins, the others are told."""
-    path = final.parent / f".{final.name}.lock"
-    descriptor = _descriptor(path, final)
+def locked(final: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes from writing ``final``: one at a time.
+
+    Args:
+        final: what will be written.
+        waiting: called again and again while another process has it, until that is done; what it
+            raises ends the wait. If None, there is no wait, and who comes second is told.
+
+    Raises:
+        StorageError: another process is writing it, and nobody waits.
+    """
+    path = lock_beside(final, "lock" if waiting is None else "turn")
+    descriptor = try_lock(path)
+    pause = _FIRST_PAUSE
+    while descriptor is None:
+        if waiting is None:
+            raise StorageError(
+                f"cannot write {final}: another process is writing it now. Wait for it, or choose "
+                "another path."
+            )
+        # Not the system's own wait, which would hear neither ranks that fail nor, in a thread,
+        # Ctrl-C.
+        waiting()
+        time.sleep(pause)
+        pause = min(_LONGEST_PAUSE, 1.5 * pause)
+        descriptor = try_lock(path)
     try:
         yield
     finally:
@@ -27,28 +54,52 @@ def locked(final: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _descriptor(path: Path, final: Path) -> int:
+def lock_beside(final: Path, word: str) -> Path:
+    """The hidden file beside ``final`` whose lock means ``word``."""
+    return final.parent / f".{final.name}.{word}"
+
+
+def try_lock(path: Path, *, shared: bool = False) -> int | None:
+    """A descriptor of the file ``path``, which is locked until that is closed; None if it is taken.
+
+    The file is made if it is not there. Where the file system knows no locks, nothing is locked; a
+    shared one where nothing may be written may have no file, and then is the null device.
+
+    Args:
+        path: the file.
+        shared: many may have it so at once, and nobody in another way.
+
+    Raises:
+        StorageError: the file cannot be made.
+    """
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o666)
         except OSError as error:
-            raise disk_error(error, f"write in {final.parent}") from error
+            if not shared or error.errno not in _NO_WRITING:
+                raise disk_error(error, f"write in {path.parent}") from error
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 return descriptor
-        except BlockingIOError as error:
+        except BlockingIOError:
             os.close(descriptor)
-            raise StorageError(
-                f"cannot write {final}: another process is writing it now. Wait for it, or choose "
-                "another path."
-            ) from error
+            return None
         except FileNotFoundError:
             pass  # the one who held it removed it just now: try again
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                # No locks on this file system; the rename at the end still lets only one win.
+            if error.errno in _NO_LOCKS:
+                # The rename at the end still lets only one win.
                 return descriptor
             os.close(descriptor)
             raise disk_error(error, f"lock {path}") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)

@@ -27,6 +27,8 @@ from bioinit.storage.file import disk_error
 from bioinit.storage.journal import Journal, holds_journal, is_journal_of
 from bioinit.storage.lock import locked
 
+MADE_OF = ".made.json"
+"""In it the cache says what a folder was made of; it is no part of what the folder holds."""
 LONGEST_NAME = 255  # bytes in one part of a path, NAME_MAX of Linux
 _NAMES_SHOWN = 3
 _RESUMABLE = "converting"

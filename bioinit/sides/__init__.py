@@ -15,13 +15,13 @@ from bioinit.config import TrainableModelConfig
 from bioinit.contexts import Checkpoint
 from bioinit.families import dialect_in
 from bioinit.families.protocol import Family
-from bioinit.initialize.given import Given, names_given
 from bioinit.keys import template
 from bioinit.layout import Dims
 from bioinit.mapping import Mapping as NameMapping
 from bioinit.mapping import Names
 from bioinit.plan import Model
 from bioinit.prefixes import AS_STORED, Spelling, solve
+from bioinit.sides.given import Given, names_given
 from bioinit.targets import Target
 from bioinit.transforms.claims import catches, expanded
 
