@@ -1,0 +1,160 @@
+"""A run file of BioNeMo, checked: its sections, and what can be concluded from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bioinit import families
+from bioinit.contexts.protocol import Context
+from bioinit.errors import CheckpointError, ConfigError, StorageError
+from bioinit.families.protocol import ReadFields
+from bioinit.keys import suggestion
+from bioinit.migrate import bionemo
+from bioinit.migrate.bionemo import DATA, KINDS, LISTED, MODEL, NEMO1, PARALLEL, PATH, SKIPPED
+from bioinit.migrate.page import listed, shown
+
+HEADS = {"regression_head": "regression", "classification_head": "token_classification"}
+"""What BioNeMo calls the head of a task, and the task."""
+
+_SEQUENCE = ("task_type", "mlp_ft_dropout", "mlp_hidden_size", "mlp_target_size")
+
+
+class Run:
+    """The file: its sections, and what can be concluded from them."""
+
+    def __init__(self, where: str, tree: Mapping[Any, Any]) -> None:
+        _require_known(tree, where)
+        self.where = where
+        self.sections = {n: _section(tree, n, where) for n in (MODEL, *bionemo.SECTIONS)}
+        self.others = {key: value for key, value in tree.items() if key not in self.sections}
+        sections = self.sections
+        self.model = sections[MODEL]
+        self.checkpoint = self._checkpoint()
+        self.skipped = self._texts(SKIPPED)
+        self.listed = self._texts(LISTED)
+
+    def _checkpoint(self) -> str | None:
+        first, second = (self.text_at(MODEL, key) for key in (PATH, NEMO1))
+        if first and second:
+            raise ConfigError(
+                f"{self.where}: {MODEL}.{PATH} is {shown(first)!r} and {NEMO1} is "
+                f"{shown(second)!r}, and a model starts from one of them. Leave one out."
+            )
+        return first or second
+
+    def text_at(self, section: str, key: str) -> str | None:
+        """A field that is a text or null."""
+        value = self.sections[section].get(key)
+        if not isinstance(value, str | None):
+            raise ConfigError(
+                f"{self.where}: {section}.{key} is {shown(value)!r}, not a text. Quote it."
+            )
+        return value
+
+    def _texts(self, key: str) -> tuple[str, ...]:
+        value = self.model.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(
+                f"{self.where}: {MODEL}.{key} is {shown(value)!r}, not a list of names. Write "
+                f"[{value if isinstance(value, str) else 'regression_head'}]."
+            )
+        if "" in value:
+            raise ConfigError(
+                f"{self.where}: {MODEL}.{key} has an empty prefix, with which BioNeMo loads "
+                "nothing. Take it out, or start without a checkpoint."
+            )
+        return tuple(dict.fromkeys(value))
+
+    def family(self) -> tuple[str, str]:
+        """The family of the model, and how it is known."""
+        if self.checkpoint is not None and Path(self.checkpoint).expanduser().exists():
+            try:
+                with families.open_checkpoint(Path(self.checkpoint).expanduser()) as opened:
+                    found = families.find(opened.context, opened.tensors)
+            except (CheckpointError, StorageError):
+                found = None  # `bioinit plan` says what is wrong with it
+            if found is not None:
+                return found, "as the checkpoint's own config says"
+        for name, kind in KINDS.items():
+            for section, fields in kind.marks.items():
+                has = [field for field in fields if field in self.sections[section]]
+                if has:
+                    return name, f"since {section}.{has[0]} is a field of {kind.word}'s runs"
+        option = str(self.model.get("biobert_spec_option"))
+        if option.startswith("esm2"):
+            return "esm2", f"since biobert_spec_option is {option}"
+        return "biobert", "which BioNeMo's own base class is; nothing in the file says more"
+
+    def task(self) -> str:
+        """The recipe's task, by the head that the run leaves out."""
+        head = next((name for name in HEADS if name in self.skipped), None)
+        if head == "classification_head" and any(key in self.model for key in _SEQUENCE):
+            return "sequence_classification"
+        return "masked_lm" if head is None else HEADS[head]
+
+    def described(self, family: str) -> ReadFields:
+        """The model's fields in ours, by the very table that reads BioNeMo's checkpoints."""
+        kind = KINDS[family]
+        data = {str(key): value for key, value in self.model.items() if key != LISTED}
+        if self.checkpoint is None:
+            data = {**bionemo.EXPOSED, **data}
+        length = self.sections[DATA].get("seq_length")
+        if length is not None:
+            data["seq_length"] = length
+        function = data.get("activation_func")
+        if isinstance(function, str) and "." not in function:
+            data["activation_func"] = f"torch.nn.functional.{function.lower()}"
+        tree = {"model": {"config": data, "tokenizer": {"_target_": kind.tokenizer}}}
+        raw = {"canonical": kind.config}
+        context = Context("nemo2", f"{self.where}: {MODEL}", data, kind.config, tree, raw)
+        return families.load(family).dialects["nemo2"].read(context, {})
+
+    def size(self, key: str) -> int:
+        """A size of ``parallel_config``."""
+        value = self.sections[PARALLEL].get(key, 1)
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"{self.where}: {PARALLEL}.{key} is {shown(value)!r}, not a number from 1 on."
+            )
+        return value
+
+
+def _require_known(tree: Mapping[Any, Any], where: str) -> None:
+    """Refuse a file without a model, and keys that are misspelt: BioNeMo drops them silently."""
+    if MODEL not in tree:
+        raise ConfigError(
+            f"{where} has no {MODEL}, so it is no run of BioNeMo. It has {listed(map(str, tree))}. "
+            f"{suggestion(MODEL, map(str, tree))} Give what bionemo-esm2-train --config takes."
+        )
+    known = {MODEL: bionemo.FIELDS} | {
+        name: frozenset(fields.split()) for name, (_, fields) in bionemo.SECTIONS.items()
+    }
+    _require_spelt(tree, known, where, "")
+    for name, fields in known.items():
+        _require_spelt(_section(tree, name, where), fields, where, f"{name}.")
+
+
+def _require_spelt(
+    section: Mapping[Any, Any], known: Mapping[str, Any] | frozenset[str], where: str, at: str
+) -> None:
+    for key in section:
+        hint = "" if key in known else suggestion(str(key), known)
+        if hint:
+            raise ConfigError(
+                f"{where}: {at}{shown(key)} is no field of BioNeMo's, which would drop it without "
+                f"a word. {hint} Correct it, or take it out."
+            )
+
+
+def _section(tree: Mapping[Any, Any], name: str, where: str) -> Mapping[str, Any]:
+    found = tree.get(name)
+    if found is None and name != MODEL:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{where}: {name} is {shown(found)!r}, not a mapping of fields. Write them below it."
+        )
+    return found
