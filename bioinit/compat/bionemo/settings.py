@@ -1,0 +1,180 @@
+"""Settings that a config takes over from a checkpoint.
+
+What a checkpoint was saved with is compared with the config field by field; the fields that
+``override_parent_fields`` names stay as they are, the others get the checkpoint's value. Everything
+is worked out before the first field is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import fiddle as fdl
+
+from bioinit.compat.bionemo.iomixin_utils import hparam_of, hparams_of
+from bioinit.compat.bionemo.overrides import OF_BIOBERT
+from bioinit.compat.bionemo.source import Source, open_source
+from bioinit.errors import ConfigError
+from bioinit.keys import suggestion
+from bioinit.record import same
+
+logger = logging.getLogger(__name__)
+
+_OF_THE_START = (
+    "initial_ckpt_path",
+    "initial_ckpt_skip_keys_with_these_prefixes",
+    "override_parent_fields",
+    "nemo1_ckpt_path",
+)
+"""Fields that say where a model starts from, and nothing about the model."""
+
+
+class IOMixinProto(Protocol):
+    """Something whose hyper-parameters can be read and set.
+
+    Stands in for ``bionemo.llm.model.config.IOMixinProto``.
+    """
+
+    def set_hparam(self, attribute: str, value: Any, also_change_value: bool = True) -> None:
+        """Set the hyper-parameter ``attribute``, and the attribute unless told otherwise."""
+        ...
+
+    def get_hparam(self, attribute: str) -> Any:
+        """Give the hyper-parameter ``attribute``."""
+        ...
+
+
+def override_mutate_possibly_extra_mutated_fiddle(
+    target_cfg: IOMixinProto,
+    source_cfg: IOMixinProto,
+    maybe_mutated_elements_to_clone: Iterable[str],
+) -> None:
+    """Give ``target_cfg`` the hyper-parameters and the attributes of ``source_cfg``.
+
+    Both are given, since a ``__post_init__`` may have made the attribute something else than what
+    was passed. Stands in for
+    ``bionemo.llm.model.config.override_mutate_possibly_extra_mutated_fiddle``. Different here: all
+    is read before anything is written; a field that its class computes (``init=False``) has no
+    hyper-parameter, and its attribute alone is given; lists and dicts are copied, so that two
+    configs do not share them.
+
+    Raises:
+        UnknownHparam: ``source_cfg`` lacks one of the names. It is a ``KeyError``.
+    """
+    names = tuple(maybe_mutated_elements_to_clone)
+    computed = _computed(source_cfg) | _computed(target_cfg)
+    hparams = {f: _own(source_cfg.get_hparam(f)) for f in names if f not in computed}
+    attributes = {f: _own(getattr(source_cfg, f)) for f in names}
+    for name in names:
+        if name in hparams:
+            target_cfg.set_hparam(name, hparams[name], also_change_value=False)
+        setattr(target_cfg, name, attributes[name])
+
+
+def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) -> None:
+    """Give ``config`` the settings that a checkpoint was saved with, in place.
+
+    Stands in for the method of this name of
+    ``bionemo.llm.model.config.MegatronBioNeMoTrainableModelConfig``. Each field that both have and
+    ``config.override_parent_fields`` does not name gets the checkpoint's value, also where somebody
+    set another; a warning in the log names those. Different here: the saved config's class need not
+    be installed; what was not set when it was saved has the default of that day, where
+    ``model.yaml`` says it; what is computed from a field that is kept is computed again; a name in
+    ``override_parent_fields`` that nobody knows is an error.
+
+    Args:
+        config: a dataclass with ``get_hparam``, ``set_hparam`` and ``override_parent_fields``.
+        initial_ckpt_path: the checkpoint's folder, in which ``context/`` lies.
+
+    Raises:
+        MissingSettings: no saved config lies there. It is a ``FileNotFoundError``.
+        ConfigError: a name in ``override_parent_fields`` is unknown, a saved value cannot be
+            understood, or what is kept contradicts what is taken over.
+    """
+    path = Path(initial_ckpt_path)
+    logger.info("taking over the settings of %s", path)
+    mine = {field.name: field for field in _fields(config)}
+    kept = config.override_parent_fields
+    if isinstance(kept, str):
+        raise ConfigError(
+            f"override_parent_fields={kept!r} is one text, and each of its letters would be a "
+            f"field. Write [{kept!r}]."
+        )
+    source = open_source(path, config, frozenset(kept))
+    _require_known(kept, mine, source)
+    taken = [name for name in mine if name in source.names and name not in set(kept)]
+    differing = {
+        name: hparam_of(config, name)
+        for name in mine
+        if name in source.names and name in set(kept) and _says_something(name, config, source)
+    }
+    attributes = source.attributes(differing)
+    _warn_of_losers(config, source, taken)
+    for name in taken:
+        if name in source.hparams and mine[name].init:
+            config.set_hparam(name, _own(source.hparams[name]), also_change_value=False)
+        setattr(config, name, _own(attributes[name]))
+
+
+def _fields(config: Any) -> tuple[dataclasses.Field[Any], ...]:
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(
+            f"{type(config).__name__} is no dataclass, so nobody knows its fields. Decorate it "
+            "with @dataclass."
+        )
+    return dataclasses.fields(config)
+
+
+def _computed(config: Any) -> frozenset[str]:
+    """The fields that the class itself computes."""
+    if not dataclasses.is_dataclass(config):
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(config) if not field.init)
+
+
+def _own(value: Any) -> Any:
+    """``value``, copied where two owners could change it."""
+    if isinstance(value, list | dict | set | fdl.Buildable):
+        return copy.deepcopy(value)
+    return value
+
+
+def _require_known(kept: Iterable[str], mine: Collection[str], source: Source) -> None:
+    known = {*mine, *source.names, *OF_BIOBERT}
+    for name in kept:
+        if name not in known:
+            raise ConfigError(
+                f"override_parent_fields names {name!r}, which is a field neither of this config "
+                f"nor of the one in {source.where}. {suggestion(name, known)} Correct or drop it."
+            )
+
+
+def _says_something(name: str, config: Any, source: Source) -> bool:
+    """Whether keeping the field of ``config`` may change what is computed from it."""
+    if name in _OF_THE_START or name not in source.hparams:
+        return False
+    if name in _computed(config):
+        return False
+    ours, theirs = hparam_of(config, name), source.hparams[name]
+    if isinstance(ours, type) or isinstance(theirs, type):  # a class of model or of loss
+        return False
+    return not same(ours, theirs)
+
+
+def _warn_of_losers(config: Any, source: Source, taken: Sequence[str]) -> None:
+    given: Mapping[Any, Any] = hparams_of(config).__arguments__
+    for name in taken:
+        if name in given and name in source.hparams and not same(given[name], source.hparams[name]):
+            logger.warning(
+                "%s of %s is %r in the checkpoint, and that is taken: the %r that was set is lost. "
+                "Add it to override_parent_fields to keep it.",
+                name,
+                type(config).__name__,
+                source.hparams[name],
+                given[name],
+            )

@@ -1,0 +1,124 @@
+"""Weights of a checkpoint into a model, in place: stands in for ``bionemo.llm.utils.weight_utils``.
+
+Bytes are moved by :func:`bioinit.load_weights`, so a checkpoint of any format and dialect that
+bioinit reads will do, and a plan is made before anything is written: where something is missing or
+does not fit, the model is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bioinit.errors import ConfigError
+from bioinit.initialize import load_weights
+
+logger = logging.getLogger(__name__)
+
+_RENAMED = (
+    ("dense_h_to_4h", "linear_fc1"),
+    ("dense_4h_to_h", "linear_fc2"),
+    ("query_key_value", "linear_qkv"),
+    ("self_attention.dense", "self_attention.linear_proj"),
+    ("lm_head.bias", "output_layer.bias"),
+    ("lm_head.weight", "output_layer.weight"),
+    ("lm_head.layernorm", "lm_head.layer_norm"),
+    ("post_attention_layernorm", "pre_mlp_layernorm"),
+)
+_FUSED = (
+    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    ("input_layernorm.bias", "self_attention.linear_qkv.layer_norm_bias"),
+    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ("pre_mlp_layernorm.bias", "mlp.linear_fc1.layer_norm_bias"),
+)
+_BODY = "language_model."
+
+
+def nemo1_to_nemo2_biobert_key_mapping(
+    old_key: str,
+    new_model_prefix: str = "module",
+    old_model_prefix: str = "model",
+    te_mapping: bool = False,
+) -> str:
+    """The name in NeMo 2 of a parameter of a BERT model of NeMo 1.
+
+    Stands in for ``bionemo.llm.utils.weight_utils.nemo1_to_nemo2_biobert_key_mapping``. Here a
+    prefix is taken off the front alone, and names are compared by whole dotted segments; so
+    ``submodel.language_model.x`` stays as it is, and an empty ``old_model_prefix`` puts the new one
+    in front once.
+
+    Args:
+        old_key: a name in NeMo 1's ``model_weights.ckpt``.
+        new_model_prefix: what stands in front in NeMo 2; empty for the bare model of Megatron.
+        old_model_prefix: what stands in front in NeMo 1.
+        te_mapping: whether the new model has Transformer Engine's layers, which keep norms in the
+            linear layer that follows.
+
+    >>> nemo1_to_nemo2_biobert_key_mapping(
+    ...     "model.language_model.encoder.layers.0.self_attention.dense.bias"
+    ... )
+    'module.encoder.layers.0.self_attention.linear_proj.bias'
+    """
+    old, new = _dotted(old_model_prefix), _dotted(new_model_prefix)
+    key = old_key
+    if key.startswith(old):
+        key = new + key.removeprefix(old).removeprefix(_BODY)
+    for before, after in (*_RENAMED, *(_FUSED if te_mapping else ())):
+        key = re.sub(rf"(?<![^.]){re.escape(before)}(?![^.])", after, key)
+    return key
+
+
+def _dotted(prefix: str) -> str:
+    return f"{prefix.rstrip('.')}." if prefix else ""
+
+
+def load_weights_sharded_inplace_nemo2_to_mcore(
+    model: Any,
+    distributed_checkpoint_dir: str | Path,
+    skip_keys_with_these_prefixes: Iterable[str],
+) -> None:
+    """Load what a trainer of NeMo 2 saved into ``model``, in place.
+
+    Stands in for ``bionemo.llm.utils.weight_utils.load_weights_sharded_inplace_nemo2_to_mcore``.
+    ``model`` is one of megatron-core, divided or whole, a list of its chunks, or any module; the
+    names in the checkpoint may have ``module.`` in front, or not. What the checkpoint has besides
+    is left alone; what the model has besides must be skipped.
+
+    Different here: prefixes are whole dotted segments, ``encoder.layers.1`` is not
+    ``encoder.layers.10``, and one that no key has is an error; some of the layers may be skipped;
+    a parameter that is not contiguous is loaded too; if anything fails, nothing was changed.
+
+    Raises:
+        ConfigError: the prefixes are one text, or one of them is empty.
+        PlanError: a parameter is missing in the checkpoint, or of another shape; a prefix hits
+            nothing.
+        BioinitError: the checkpoint cannot be read.
+    """
+    prefixes = _prefixes(skip_keys_with_these_prefixes, "skip_keys_with_these_prefixes")
+    report = load_weights(model, distributed_checkpoint_dir, skip_prefixes=prefixes)
+    logger.info("loaded %s: %s", distributed_checkpoint_dir, report)
+
+
+def update_model_from_checkpoint(config: Any, model: Any, initial_ckpt_path: str | Path) -> None:
+    """Load a checkpoint's weights into ``model``, but for what ``config`` says to skip.
+
+    Stands in for the method of this name of
+    ``bionemo.llm.model.config.MegatronBioNeMoTrainableModelConfig``; ``config`` is any that has
+    ``initial_ckpt_skip_keys_with_these_prefixes``. For what is different here see
+    :func:`load_weights_sharded_inplace_nemo2_to_mcore`.
+    """
+    given = config.initial_ckpt_skip_keys_with_these_prefixes
+    prefixes = _prefixes(given, "initial_ckpt_skip_keys_with_these_prefixes")
+    load_weights_sharded_inplace_nemo2_to_mcore(model, initial_ckpt_path, prefixes)
+
+
+def _prefixes(given: Any, name: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise ConfigError(
+            f"{name}={given!r} is one text, and each of its letters would be a prefix. Write "
+            f"[{given!r}]."
+        )
+    return tuple(sorted(given or ()))
