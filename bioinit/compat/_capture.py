@@ -197,8 +197,17 @@ def as_record(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         register(type(value))
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return fdl.Config(type(value), **{name: as_record(item) for name, item in given.items()})
+        return fdl.Config(type(value), **{name: _inside(item) for name, item in given.items()})
     return value
+
+
+def _inside(value: Any) -> Any:
+    """As :func:`as_record`, in lists and mappings too: a dataclass is a record all through."""
+    if type(value) in (list, tuple):
+        return type(value)(_inside(item) for item in value)
+    if type(value) is dict:
+        return {key: _inside(item) for key, item in value.items()}
+    return as_record(value)
 
 
 def transform_args(
@@ -247,10 +256,10 @@ def make_record(instance: Any, **kwargs: Any) -> Any:
 
 def _wrap(cls: type) -> None:
     """Let ``cls`` keep what its constructor is given, once."""
-    original = cls.__init__  # type: ignore[misc]
-    if getattr(original, _MARK, None) is not None and not _hides_signature(cls):
+    current: Any = cls.__init__  # type: ignore[misc]
+    original: Callable[..., None] = getattr(current, _MARK, current)
+    if original is not current and not _hides_signature(cls):
         return
-    original = getattr(original, _MARK, original)
 
     @functools.wraps(original)
     def capturing(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -260,10 +269,8 @@ def _wrap(cls: type) -> None:
         if inner or getattr(type(self).__init__, _MARK, None) is not original:
             original(self, *args, **kwargs)
             return
-        transform = getattr(self, "io_transform_args", None) or functools.partial(
-            transform_args, self
-        )
-        make = getattr(self, "io_init", None) or functools.partial(make_record, self)
+        transform: Any = getattr(self, "io_transform_args", functools.partial(transform_args, self))
+        make: Any = getattr(self, "io_init", functools.partial(make_record, self))
         object.__setattr__(self, "__io__", make(**transform(original, *args, **kwargs)))
         making.append(self)
         try:

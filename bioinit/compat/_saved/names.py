@@ -17,12 +17,11 @@ import enum
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, get_args
 
 from bioinit.contexts._aliases import MOVED
-from bioinit.errors import ConfigError
 from bioinit.record import names
 
 ABSENT = object()
@@ -30,7 +29,7 @@ ABSENT = object()
 
 _HELD: dict[str, Any] = {}
 _WRITTEN: dict[Any, tuple[str, str]] = {}
-_SIGNED: dict[type, Mapping[str, Any]] = {}
+_SIGNED: dict[type, dict[str, Any]] = {}
 _PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
 _MODULES = "ReLU GELU ReLU6 SiLU Sigmoid SELU ELU Hardtanh Hardswish LeakyReLU Mish Softplus Tanh"
 _INITIALIZERS = (
@@ -131,6 +130,11 @@ def _inner_names() -> Mapping[str, Any]:
     return found
 
 
+def is_closed(value: Any) -> bool:
+    """Whether every file may name ``value``, because it is on the closed list."""
+    return any(value is one for table in (_torch(), _inner_names()) for one in table.values())
+
+
 def _closed(name: str) -> Any:
     return _torch().get(name, _inner_names().get(name, ABSENT))
 
@@ -150,13 +154,19 @@ def _signed(name: str) -> Any:
     """What stands in the signature of a class that is known."""
     for kind in [held for held in list(_HELD.values()) if isinstance(held, type)]:
         if kind not in _SIGNED:
-            _SIGNED[kind] = {dotted(value): value for value in _in_signature(kind)}
+            _SIGNED[kind] = {}
+            waiting: list[Any] = [kind]
+            while waiting:
+                for value in _in_signature(waiting.pop()):
+                    if dotted(value) not in _SIGNED[kind]:
+                        _SIGNED[kind][dotted(value)] = value
+                        waiting.extend([value] if dataclasses.is_dataclass(value) else [])
         if name in _SIGNED[kind]:
             return _SIGNED[kind][name]
     return ABSENT
 
 
-def _in_signature(kind: type) -> Iterator[Any]:
+def _in_signature(kind: Any) -> Iterator[Any]:
     try:
         parameters = inspect.signature(kind).parameters.values()
     except (TypeError, ValueError):
@@ -166,9 +176,8 @@ def _in_signature(kind: type) -> Iterator[Any]:
             yield type(parameter.default)
         elif isinstance(parameter.default, type | FunctionType | BuiltinFunctionType):
             yield parameter.default
-    hinted: Callable[..., Any] = kind if dataclasses.is_dataclass(kind) else kind.__init__  # type: ignore[misc]
     try:
-        hints = typing.get_type_hints(hinted)
+        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
     except (NameError, TypeError, AttributeError):
         return
     for hint in hints.values():
@@ -182,16 +191,3 @@ def _parts(hint: Any) -> Iterator[type]:
         yield hint
     for part in get_args(hint):
         yield from _parts(part)
-
-
-def require_named(value: Any, at: str) -> None:
-    """Refuse what has no name of its own.
-
-    Raises:
-        ConfigError: it is a lambda, or has no name.
-    """
-    name = getattr(value, "__qualname__", None)
-    if not isinstance(name, str) or "<lambda>" in name or not getattr(value, "__module__", None):
-        raise ConfigError(
-            f"{at}: {value!r} has no name to write down. Use a function that a module defines."
-        )

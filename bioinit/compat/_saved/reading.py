@@ -32,7 +32,7 @@ _MOST_SHOWN = 20
 _LISTS = {"builtins.tuple": tuple, "builtins.set": set, "builtins.frozenset": frozenset}
 _PATH = re.compile(r"pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path")
 _STEP = re.compile(r"\.?(?:([^.\[\]]+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\])")
-_PLACE = re.compile(r"(?:Attr\(name=|Key\(key=|Index\(index=)(?:'(.*)'|\"(.*)\"|(-?\d+))\)")
+_PLACE = re.compile(r"(?:Attr\(name=|Key\(key=|Index\(index=)(?:'(.*)'|\"(.*)\"|(\d{1,9}))\)")
 
 
 class MissingContext(StorageError, FileNotFoundError):
@@ -210,7 +210,7 @@ def _followed(node: Any, objects: Mapping[str, Any]) -> Any:
     for _ in range(len(objects) + 1):
         if not isinstance(node, dict) or node.get("type") != "ref":
             break
-        node = objects.get(node.get("key"))
+        node = objects.get(str(node.get("key")))
     return node
 
 
@@ -277,12 +277,13 @@ class _Records(Reader):
         if not may_be_called(target):
             self.unknown.setdefault(name, at)
             return None
-        arguments = {}
+        arguments: dict[int | str, Any] = {}
         for place, value in pairs:
             match = _PLACE.fullmatch(place)
-            if match is None:
+            is_index = match is not None and match[3] is not None
+            if match is None or (is_index and int(match[3]) not in range(len(pairs))):
                 self._corrupt(at, f"{place:.80} is no place of an argument")
-            arguments[int(match[3]) if match[3] is not None else match[1] or match[2]] = value
+            arguments[int(match[3]) if is_index else match[1] or match[2] or ""] = value
         if isinstance(target, type) and issubclass(target, Artifact):
             return arguments.get("attr")  # it stands for the text itself
         return _made((fdl.Partial if kind.endswith("Partial") else fdl.Config)(target), arguments)

@@ -35,7 +35,7 @@ _REFERRED = (type, FunctionType, BuiltinFunctionType, MethodType, enum.Enum, tor
 _NOTHING = object()
 
 
-class Unwritable(ConfigError, serialization.UnserializableValueError):
+class Unwritable(ConfigError, serialization.UnserializableValueError):  # type: ignore[misc]
     """A value that ``io.json`` cannot hold."""
 
 
@@ -146,10 +146,20 @@ class _Plain:
     def _referred(self, value: Any, at: str) -> Any:
         if isinstance(value, enum.Enum):
             names.register(type(value))
-        elif not isinstance(value, torch.dtype) and names.public_name(value) is None:
-            names.require_named(value, at)
+        elif not names.is_closed(value):
+            self._require_named(value, at)
             names.register(value)
         return value
+
+    def _require_named(self, value: Any, at: str) -> None:
+        name = getattr(value, "__qualname__", "<lambda>")
+        module = getattr(value, "__module__", None)
+        if module and ("<" not in name or names.find(f"{module}.{name}") is value):
+            return
+        raise Unwritable(
+            f"{at} is {value!r:.200}, which nobody could find again by its name. Use a function "
+            "or class that a module defines."
+        )
 
     def _record(self, record: Any, instance: Any, at: str) -> Any:
         made = copy.copy(record)

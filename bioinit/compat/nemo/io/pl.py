@@ -54,7 +54,7 @@ class TrainerContext(IOMixin, Generic[ModelT]):
     @classmethod
     def construct_extra(cls, trainer: Any) -> dict[str, Any]:
         """What ``extra`` holds for a trainer: its datamodule, where that is tracked."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         return {"datamodule": data.__io__} if hasattr(data, "__io__") else {}
 
 

@@ -1,0 +1,601 @@
+"""io.json: written as NeMo 2.2.1 writes it, read back from classes that are known only."""
+
+import enum
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fiddle as fdl
+import pytest
+import torch
+import yaml
+from fiddle.experimental import serialization
+
+from bioinit.compat._saved import UnknownClass, names
+from bioinit.compat.nemo import io
+from bioinit.compat.nemo.io.artifact import (
+    Artifact,
+    DirArtifact,
+    DirOrStringArtifact,
+    FileArtifact,
+    PathArtifact,
+)
+from bioinit.contexts import find
+from bioinit.errors import ConfigError, CorruptCheckpoint, RefusedCheckpoint, StorageError
+from bioinit.storage import Folder
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Shade(enum.Enum):
+    DARK = 1
+
+
+@dataclass
+class Inner:
+    u: int = 1
+    v: list = field(default_factory=list)
+
+
+@dataclass
+class Settings(io.IOMixin):
+    width: int = 3
+    names: list = field(default_factory=lambda: ["n"])
+    act: object = torch.nn.functional.gelu
+    dtype: torch.dtype = torch.float32
+    inner: Inner | None = None
+    shade: Shade = Shade.DARK
+
+
+class Model(io.IOMixin):
+    def __init__(self, config, tokenizer=None, **more):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.more = more
+
+
+class Pair(io.IOMixin):
+    def __init__(self, p, q=None):
+        self.p = p
+        self.q = q
+
+
+class Trainer:
+    def __init__(self, *callbacks, steps=1):
+        self.callbacks = callbacks
+        self.steps = steps
+
+
+class Tokenizer:
+    def __init__(self, vocab_file, name="x"):
+        self.vocab_file = vocab_file
+        self.name = name
+
+
+class Files(io.IOMixin):
+    def __init__(self, folder=None, path=None, either=None):
+        self.folder = folder
+        self.path = path
+        self.either = either
+
+    @classmethod
+    def io_artifacts(cls):
+        return [
+            DirArtifact("folder", required=False),
+            PathArtifact("path", required=False),
+            DirOrStringArtifact("either", required=False),
+        ]
+
+
+io.track_io(Trainer)
+io.track_io(Tokenizer, [FileArtifact("vocab_file"), FileArtifact("name", required=False)])
+
+
+@pytest.fixture(autouse=True)
+def names_of_one_test(monkeypatch):
+    """What a test makes known is forgotten after it."""
+    for table in ("_HELD", "_SIGNED"):
+        monkeypatch.setattr(names, table, dict(getattr(names, table)))
+
+
+def add(a, b, c=5):
+    return a + b + c
+
+
+def again(value, folder, **how):
+    value.io_dump(folder, yaml_attrs=[])
+    return io.load(folder, **how)
+
+
+VALUES = {
+    "numbers and text": (1, 2.5, True, None, "text \n ü"),
+    "containers": {"a": (1, 2), ("k", 2): [{3}], 4: frozenset([5]), None: {}},
+    "bytes": b"x\xff\x00",
+    "enum": {"c": Color.RED, Color.BLUE: Color.BLUE},
+    "classes": [Inner, Pair, int, torch.nn.ReLU],
+    "functions": [add, torch.nn.functional.silu, torch.nn.functional.gelu, torch.nn.init.normal_],
+    "dtypes": [torch.bfloat16, torch.float8_e4m3fn, torch.int64],
+    "path": [Path("/x/y"), Path("z")],
+    "dataclass": [Inner(4, [Inner(5)])],
+    "infinite": [math.inf, -math.inf],
+    "big": [2**80, -(2**80), 1e-300],
+}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_values_come_back_as_they_were(value, tmp_path):
+    assert again(Pair({"in": value}, value), tmp_path).p == {"in": value}
+    assert io.load(tmp_path).q == value
+    assert type(io.load(tmp_path).q) is type(value)
+
+
+def test_a_nan_comes_back(tmp_path):
+    assert math.isnan(again(Pair(math.nan), tmp_path).p)
+
+
+def test_an_object_comes_back_with_what_it_was_given_and_no_more(tmp_path):
+    made = Model(Settings(7, dtype=torch.bfloat16, inner=Inner(2)), Trainer(1, 2, steps=3), z=[4])
+    loaded = again(made, tmp_path)
+    assert loaded.config == made.config
+    assert loaded.more == {"z": [4]}
+    assert loaded.tokenizer.callbacks == (1, 2) and loaded.tokenizer.steps == 3
+    assert loaded.__io__ == made.__io__
+    assert set(loaded.config.__io__.__arguments__) == {"width", "dtype", "inner"}
+
+
+def test_objects_in_containers_are_written_as_what_they_were_made_from(tmp_path):
+    made = Pair([Settings(9), 1], {"k": Trainer(4)})
+    for _ in range(2):
+        made = again(made, tmp_path)
+    assert made.p[0] == Settings(9) and made.q["k"].callbacks == (4,)
+
+
+def test_shared_objects_are_shared_again(tmp_path):
+    child, listed = Settings(1), [Settings(2)]
+    loaded = again(Pair({"a": child, "l": listed}, {"b": child, "l": listed}), tmp_path)
+    assert loaded.p["a"] is loaded.q["b"]
+    assert loaded.p["l"][0] is loaded.q["l"][0]
+
+
+def test_changed_hyper_parameters_are_what_is_written(tmp_path):
+    child = Settings(1)
+    parent = Pair(child)
+    child.__io__.width = 9
+    child.__io__.inner = Inner(5)  # a live object, where the original failed to write
+    assert again(parent, tmp_path).p == Settings(9, inner=Inner(5))
+
+
+def test_a_partial_is_a_partial_again(tmp_path):
+    made = Pair({"f": functools.partial(add, 10, c=15)}, functools.partial(Inner, v=[1]))
+    config = again(made, tmp_path, build=False)
+    assert config.p["f"] == fdl.Partial(add, 10, c=15)
+    loaded = io.load(tmp_path)
+    assert loaded.p["f"](b=2) == 27 and loaded.q(u=3) == Inner(3, [1])
+
+
+def test_without_build_a_config_comes_back(tmp_path):
+    config = again(Pair(Settings(3), Inner(4)), tmp_path, build=False)
+    assert config == fdl.Config(Pair, fdl.Config(Settings, width=3), fdl.Config(Inner, u=4, v=[]))
+    assert config.p.act is torch.nn.functional.gelu
+
+
+@pytest.mark.parametrize(
+    "subpath, wanted",
+    [
+        ("config", Settings(7)),
+        ("tokenizer", Settings(8)),
+        ("many['a']", Settings(9)),
+        ('many["b.c"][1]', Settings(10)),
+        ("many.a", Settings(9)),
+        ("config.inner", None),
+    ],
+)
+def test_a_part_is_loaded_alone(subpath, wanted, tmp_path):
+    many = {"a": Settings(9), "b.c": [0, Settings(10)]}
+    Model(Settings(7), Settings(8), many=many).io_dump(tmp_path)
+    if wanted is None:
+        with pytest.raises(ConfigError, match=r"at config there is no 'inner'.*There is: width\."):
+            io.load(tmp_path, subpath=subpath)
+    else:
+        assert io.load(tmp_path, subpath=subpath) == wanted
+
+
+@pytest.mark.parametrize("subpath", ["nope", "config.nope", "config..width", "[", "config.width"])
+def test_a_part_that_is_not_there_is_an_error(subpath, tmp_path):
+    Model(Settings(7)).io_dump(tmp_path)
+    with pytest.raises((ConfigError, CorruptCheckpoint)) as raised:
+        io.load(tmp_path, subpath=subpath)
+    assert subpath in str(raised.value)
+
+
+def test_a_part_is_loaded_where_the_rest_is_not_known(tmp_path):
+    Model(Settings(7), Trainer()).io_dump(tmp_path)
+    text = (tmp_path / "io.json").read_text()
+    (tmp_path / "io.json").write_text(text.replace('"Trainer"', '"Vanished"'))
+    with pytest.raises(UnknownClass, match="Vanished") as raised:
+        io.load(tmp_path)
+    assert raised.value.unknown == (f"{__name__}.Vanished",)
+    assert "track_io" in str(raised.value)
+    assert io.load(tmp_path, subpath="config") == Settings(7)
+
+
+def test_the_file_is_what_fiddle_reads(tmp_path):
+    made = Pair([Settings(9, act=torch.nn.functional.silu)], {"t": (1, None), "c": Color.RED})
+    made.io_dump(tmp_path)
+    config = serialization.load_json((tmp_path / "io.json").read_text())
+    assert config == io.load(tmp_path, build=False)
+    document = json.loads((tmp_path / "io.json").read_text())
+    assert list(document) == ["root", "objects", "refcounts", "version"]
+    assert document["root"] == {"type": "ref", "key": "pair_1"}
+    assert document["objects"]["settings_1"]["paths"] == ["<root>.p[0]"]
+
+
+def test_yaml_states_every_field_with_its_default(tmp_path):
+    model = Model(Settings(7, inner=Inner(2)), Tokenizer, f=functools.partial(add, 1), p=Path("x"))
+    Pair(model).io_dump(tmp_path, yaml_attrs=["p"])
+    assert yaml.safe_load((tmp_path / "p.yaml").read_text()) == {
+        "_target_": f"{__name__}.Model",
+        "config": {
+            "_target_": f"{__name__}.Settings",
+            "width": 7,
+            "names": ["n"],
+            "act": {"_target_": "torch.nn.functional.gelu", "_call_": False},
+            "dtype": {"_target_": "torch.float32", "_call_": False},
+            "inner": {"_target_": f"{__name__}.Inner", "u": 2, "v": []},
+            "shade": {
+                "_target_": f"{__name__}.Shade",
+                "_call_": True,
+                "_args_": [1],
+                "_name_": "DARK",
+            },
+        },
+        "tokenizer": {"_target_": f"{__name__}.Tokenizer", "_call_": False},
+        "f": {"_target_": f"{__name__}.add", "_partial_": True, "a": 1, "c": 5},
+        "p": {"_target_": "pathlib.Path", "_args_": ["x"]},
+    }
+
+
+def test_yaml_of_what_is_no_argument_is_an_error_and_writes_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="'pp', which is no argument of Pair"):
+        Pair(1).io_dump(tmp_path / "out", yaml_attrs=["pp"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "value, what",
+    [
+        (torch.zeros(2), r"<root>\.p is a torch\.Tensor.*track_io\(Tensor\)"),
+        ([{"k": object()}], r"<root>\.p\[0\]\['k'\] is a builtins\.object"),
+        (lambda: 1, r"<root>\.p is <function"),
+        ({Inner: 1, (1, Path("x")): 2}, r"<root>\.p has the key"),
+    ],
+    ids=["tensor", "object", "lambda", "key"],
+)
+def test_what_cannot_be_written_is_an_error_and_leaves_the_earlier_file(value, what, tmp_path):
+    Pair(5).io_dump(tmp_path)
+    with pytest.raises(serialization.UnserializableValueError, match=what) as raised:
+        Pair(value).io_dump(tmp_path, yaml_attrs=["q"])
+    assert isinstance(raised.value, ConfigError)
+    assert io.load(tmp_path).p == 5
+    assert os.listdir(tmp_path) == ["io.json"]
+    with pytest.raises(ConfigError):
+        Pair(value).io_dump(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new" / "folder").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
+    Pair(5).io_dump(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StorageError, match="no space left"):
+        Pair(6).io_dump(tmp_path)
+    monkeypatch.undo()
+    assert io.load(tmp_path).p == 5 and os.listdir(tmp_path) == ["io.json"]
+
+
+def test_files_go_along_and_are_found_where_they_lie_now(tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("hello")
+    Pair(Tokenizer(str(vocab), "plain")).io_dump(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["io.json", "vocab.txt"]
+    (tmp_path / "out").rename(tmp_path / "moved")
+    loaded = io.load(tmp_path / "moved").p
+    assert (loaded.vocab_file, loaded.name) == (str(tmp_path / "moved/vocab.txt"), "plain")
+    assert loaded.__io__.vocab_file.startswith(str(tmp_path / "moved"))
+    assert io.load(tmp_path / "moved", build=False).p.vocab_file == loaded.vocab_file
+
+
+def test_files_of_one_name_do_not_replace_each_other(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text(name)
+    made = Pair(
+        Tokenizer(tmp_path / "a/vocab.txt", None), Tokenizer(tmp_path / "b/vocab.txt", None)
+    )
+    loaded = again(again(made, tmp_path / "out"), tmp_path / "other")
+    assert Path(loaded.p.vocab_file).read_text() == "a"
+    assert Path(loaded.q.vocab_file).read_text() == "b"
+
+
+def test_folders_and_paths_go_along(tmp_path):
+    (tmp_path / "dir/deep").mkdir(parents=True)
+    (tmp_path / "dir/deep/f.txt").write_text("deep")
+    (tmp_path / "file.bin").write_text("file")
+    made = Files(str(tmp_path / "dir"), tmp_path / "file.bin", "org/name")
+    loaded = again(made, tmp_path / "out")
+    assert Path(loaded.folder, "deep/f.txt").read_text() == "deep"
+    assert loaded.folder == str(tmp_path / "out/dir")
+    assert Path(loaded.path).read_text() == "file"
+    assert loaded.either == "org/name"
+    assert again(Files(), tmp_path / "none").either is None
+
+
+def test_a_file_that_must_go_along_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_file is required.*not provided"):
+        Pair(Tokenizer(None)).io_dump(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_artifacts_of_peoples_own(tmp_path):
+    class Upper(Artifact[str]):
+        def dump(self, instance, value, absolute_dir, relative_dir):
+            (Path(absolute_dir) / relative_dir / "upper.txt").write_text(value.upper())
+            return "upper.txt"
+
+        def load(self, path):
+            return path
+
+    assert repr(Upper("a")) == "Upper(skip= False, attr= a, required= True)"
+    with pytest.raises(TypeError):
+        Artifact("a")
+
+    class Says(io.IOMixin):
+        def __init__(self, a):
+            self.a = a
+
+    io.track_io(Says, [Upper("a")])
+    assert Path(again(Says("text"), tmp_path).a).read_text() == "TEXT"
+
+
+@pytest.mark.parametrize("path", ["../vocab.txt", "/etc/passwd"])
+def test_a_file_outside_is_refused(path, tmp_path):
+    (tmp_path / "vocab.txt").write_text("x")
+    Pair(Tokenizer(tmp_path / "vocab.txt", None)).io_dump(tmp_path / "out")
+    file = tmp_path / "out/io.json"
+    file.write_text(file.read_text().replace('"vocab.txt"', json.dumps(path)))
+    with pytest.raises(RefusedCheckpoint, match="leads out of the checkpoint"):
+        io.load(tmp_path / "out")
+
+
+def test_arguments_that_a_class_has_lost_are_dropped(tmp_path, caplog):
+    Pair([Settings(3)]).io_dump(tmp_path)
+    document = json.loads((tmp_path / "io.json").read_text())
+    leaf = ["Attr(name='old')", {"type": "leaf", "value": 1}]
+    document["objects"]["settings_1"]["items"].append(leaf)
+    (tmp_path / "io.json").write_text(json.dumps(document))
+    with caplog.at_level(logging.WARNING):
+        assert io.load(tmp_path).p == [Settings(3)]
+    assert "Deprecated parameters to drop from <root>.p[0]: ['old']" in caplog.text
+
+
+def test_dropping_says_whether_anything_was_dropped():
+    class Old:
+        def __init__(self, x, y, deprecated):
+            pass
+
+    class New:
+        def __init__(self, x, y):
+            pass
+
+    config = fdl.Config(Pair, p={"k": [fdl.Config(Old, x=1, y=2, deprecated=3)]}, q=4)
+    assert not io.drop_unexpected_params(config)
+    config.p["k"][0].__dict__["__fn_or_cls__"] = New
+    assert io.drop_unexpected_params(config)
+    assert (config.q, config.p["k"][0].x, config.p["k"][0].y) == (4, 1, 2)
+    assert not hasattr(config.p["k"][0], "deprecated")
+    assert not io.drop_unexpected_params(config)
+
+
+def test_a_context_is_found_from_the_checkpoint_and_from_its_folder(tmp_path):
+    made = io.TrainerContext(
+        Model(Settings(7)), Trainer(2), extra={"d": functools.partial(add, 10, c=15)}
+    )
+    made.io_dump(tmp_path / "ckpt" / "context", yaml_attrs=["model"])
+    for path in ("ckpt", "ckpt/context", "ckpt/context/io.json", "ckpt/context/context"):
+        loaded = io.load_context(tmp_path / path)
+        assert isinstance(loaded, io.TrainerContext)
+        assert loaded.model.config == Settings(7) and loaded.extra["d"](b=2) == 27
+    assert io.load_context(str(tmp_path / "ckpt"), subpath="model.config") == Settings(7)
+    config = io.load_context(tmp_path / "ckpt", build=False)
+    assert isinstance(config, fdl.Config) and config.model.config.width == 7
+    assert config.extra["d"] == fdl.Partial(add, 10, c=15)
+
+
+def test_our_own_reading_of_contexts_knows_what_was_written(tmp_path):
+    io.TrainerContext(Model(Settings(7)), Trainer()).io_dump(tmp_path / "context", ["model"])
+    context = find([Folder.at(tmp_path)])
+    assert context.dialect == "nemo2" and context.model == f"{__name__}.Settings"
+    assert context.data["width"] == 7 and context.data["names"] == ["n"]
+    assert context.tree["_target_"] == "nemo.lightning.io.pl.TrainerContext"
+
+
+def test_a_context_of_a_trainer():
+    trainer = Trainer(steps=2)
+    with pytest.raises(ValueError, match="Trainer must be an instance of"):
+        io.TrainerContext.from_trainer(object())
+    trainer.lightning_module = object()
+    with pytest.raises(ValueError, match="LightningModule must extend IOMixin"):
+        io.TrainerContext.from_trainer(trainer)
+    trainer.lightning_module = Pair(1)
+    assert io.TrainerContext.from_trainer(trainer).extra == {}
+    trainer.datamodule = Pair(2)
+    made = io.TrainerContext.from_trainer(trainer)
+    assert (made.trainer, made.model) == (trainer, trainer.lightning_module)
+    assert made.extra == {"datamodule": trainer.datamodule.__io__}
+
+
+@pytest.mark.parametrize("load, named", [(io.load, "out"), (io.load_context, "out/context")])
+def test_what_is_not_there_is_a_file_not_found_error(load, named, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file") as raised:
+        load(tmp_path / "out")
+    assert str(tmp_path / named) in str(raised.value)
+    assert isinstance(raised.value, StorageError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"objects": {}}', '{"objects": {}, "version": "0.0.1", "root": 3}'],
+)
+def test_a_damaged_file_is_an_error_of_ours(text, tmp_path):
+    (tmp_path / "io.json").write_text(text)
+    for subpath in (None, "model"):
+        with pytest.raises((CorruptCheckpoint, RefusedCheckpoint, ConfigError)):
+            io.load(tmp_path, subpath=subpath)
+
+
+HOSTILE = {
+    "a function of the system": ("os", "system"),
+    "a builtin": ("builtins", "eval"),
+    "a module that is not imported": ("bioinit_no_such_module", "Thing"),
+    "a class that is imported": ("subprocess", "Popen"),
+    "an attribute of a known class": (__name__, "Pair.io_dump"),
+}
+
+
+@pytest.mark.parametrize("module, name", HOSTILE.values(), ids=HOSTILE)
+def test_nothing_is_called_or_imported_because_a_file_names_it(module, name, tmp_path):
+    Pair(Settings(3)).io_dump(tmp_path)
+    whole = json.loads((tmp_path / "io.json").read_text())
+    pyref = {"type": "pyref", "module": module, "name": name}
+    for place in ("value", "callable"):
+        document = json.loads(json.dumps(whole))
+        if place == "value":
+            document["objects"]["settings_1"]["items"][0][1] = pyref
+        else:
+            text = json.dumps({"type": "pyref", "module": __name__, "name": "Settings"})
+            document = json.loads(json.dumps(document).replace(text, json.dumps(pyref)))
+        (tmp_path / "io.json").write_text(json.dumps(document))
+        with pytest.raises(UnknownClass, match="does not know"):
+            io.load(tmp_path)
+        assert module not in sys.modules or not module.startswith("bioinit_no")
+
+
+def test_a_plain_type_may_be_named_and_is_not_called(tmp_path):
+    assert again(Pair(int), tmp_path).p is int
+    file = tmp_path / "io.json"
+    kind = json.dumps({"type": "pyref", "module": __name__, "name": "Pair"})
+    builtin = json.dumps({"type": "pyref", "module": "builtins", "name": "int"})
+    file.write_text(file.read_text().replace(kind, builtin))
+    with pytest.raises(UnknownClass, match=r"builtins\.int"):
+        io.load(tmp_path)
+
+
+def test_what_was_pickled_is_refused(tmp_path):
+    Pair(1).io_dump(tmp_path)
+    document = json.loads((tmp_path / "io.json").read_text())
+    kind = {"type": "pyref", "module": __name__, "name": "Settings"}
+    pickled = {"type": kind, "items": [["IdentityElement()", "some-file"]], "metadata": None}
+    document["objects"]["pair_1"]["items"][0][1] = pickled
+    (tmp_path / "io.json").write_text(json.dumps(document))
+    with pytest.raises(RefusedCheckpoint, match="pickled into the file 'some-file'"):
+        io.load(tmp_path)
+
+
+def test_a_class_that_has_moved_takes_its_old_name(tmp_path):
+    Pair(Settings(3)).io_dump(tmp_path)
+    file = tmp_path / "io.json"
+    kind = {"type": "pyref", "module": __name__, "name": "Settings"}
+    old = {"type": "pyref", "module": "an.old.place", "name": "OldSettings"}
+    file.write_text(file.read_text().replace(json.dumps(kind), json.dumps(old)))
+    with pytest.raises(UnknownClass, match=r"an\.old\.place\.OldSettings"):
+        io.load(tmp_path)
+    assert not io.is_known("an.old.place.OldSettings")
+    io.track_io(Settings, names=["an.old.place.OldSettings"])
+    assert io.load(tmp_path).p == Settings(3)
+
+
+class Mode(enum.Enum):
+    SLOW, FAST = 1, 2
+
+
+@dataclass
+class Options:
+    n: int = 1
+    mode: Mode | None = None
+
+
+class Loss:
+    pass
+
+
+class Whole(io.IOMixin):
+    def __init__(self, options: "Options", loss=Loss, step=None):
+        self.options = options
+        self.loss = loss
+        self.step = step
+
+
+def test_another_process_knows_what_signatures_say(tmp_path, monkeypatch):
+    Whole(Options(2, Mode.FAST), Loss).io_dump(tmp_path / "a")
+    Whole(Options(2, Mode.FAST), Loss, add).io_dump(tmp_path / "b")
+    monkeypatch.setattr(names, "_HELD", {})
+    with pytest.raises(UnknownClass) as raised:
+        io.load(tmp_path / "a")
+    assert set(raised.value.unknown) == {
+        f"{__name__}.{name}" for name in ("Whole", "Options", "Mode.FAST", "Loss")
+    }
+    names.register(Whole)  # as importing its module would
+    loaded = io.load(tmp_path / "a")
+    assert loaded.options == Options(2, Mode.FAST) and loaded.loss is Loss
+    with pytest.raises(UnknownClass) as raised:
+        io.load(tmp_path / "b")
+    assert raised.value.unknown == (f"{__name__}.add",)
+    assert io.make_known(add) is add
+    assert io.load(tmp_path / "b").step is add
+
+
+REAL = ("esm2_tp1", "esm2_tp2", "llama_tp1")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_context_names_its_classes_and_is_built_from_stand_ins(name, fixtures_dir):
+    place = fixtures_dir / "nemo2" / name
+    with pytest.raises(UnknownClass) as raised:
+        io.load_context(place)
+    unknown = raised.value.unknown
+    assert any(n.endswith(("ESM2Config", "LlamaConfig")) for n in unknown)
+    assert all(n in str(raised.value) for n in unknown)
+
+    def stand_in(dotted):
+        module, _, name = dotted.rpartition(".")
+
+        class Stand:
+            def __init__(self, **given):
+                self.__dict__.update(given)
+
+        Stand.__module__, Stand.__qualname__ = module, name
+        return io.track_io(Stand)
+
+    for dotted in unknown:
+        if not any(dotted.startswith(f"{other}.") for other in unknown):
+            stand_in(dotted)
+    loaded = io.load_context(place)
+    assert isinstance(loaded, io.TrainerContext)
+    data = find([Folder.at(place)]).data
+    assert loaded.model.config.hidden_size == data["hidden_size"]
+    assert loaded.model.config.params_dtype is torch.float32
+    assert (loaded.trainer.devices, loaded.trainer.accelerator) == (1, "cpu")
+    config = io.load_context(place, subpath="model.config", build=False)
+    assert config.num_layers == data["num_layers"]
+    assert type(io.load_context(place, subpath="model.config")).__name__ == "Stand"
