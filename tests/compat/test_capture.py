@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import threading
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import fiddle as fdl
 import pytest
@@ -369,3 +372,22 @@ def test_the_names_are_where_people_import_them_from():
         io.nothing_of_the_kind  # noqa: B018
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         nemo.nothing_of_the_kind  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [nemo, io, io.api, io.mixin, io.capture, io.pl, io.artifact])
+def test_every_name_that_is_promised_is_there(module):
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    assert len(module.__all__) > 2
+
+
+def test_importing_needs_nothing_of_other_systems():
+    code = (
+        "import sys, bioinit.compat.nemo as nemo, bioinit.compat.nemo.io as io\n"
+        "import bioinit.compat.bionemo, bioinit.compat.labml\n"
+        "[getattr(m, n) for m in (nemo, io, io.api, io.mixin, io.pl) for n in m.__all__]\n"
+        "others = 'nemo lightning megatron transformers labml nemo_run cloudpickle'.split()\n"
+        "print(sorted({n.split('.')[0] for n in sys.modules} & set(others)))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ckpt_to_dir,
         ckpt_to_weights_subdir,
         idempotent_path_append,
+        is_distributed_ckpt,
     )
     from bioinit.compat.nemo.io.connector import ConnectorMixin
     from bioinit.compat.nemo.restore import RestoreConfig
@@ -32,6 +33,7 @@ __all__ = [
     "ckpt_to_weights_subdir",
     "idempotent_path_append",
     "io",
+    "is_distributed_ckpt",
 ]
 
 _HERE = "bioinit.compat.nemo"
@@ -44,12 +46,16 @@ _HOMES = {
             "ckpt_to_dir",
             "ckpt_to_weights_subdir",
             "idempotent_path_append",
+            "is_distributed_ckpt",
         )
     },
     "AutoResume": f"{_HERE}.resume",
     "ConnectorMixin": f"{_HERE}.io.connector",
     "RestoreConfig": f"{_HERE}.restore",
-    **{name: f"{_HERE}.{name}" for name in ("ckpt_utils", "restore", "resume")},
+    **{
+        name: f"{_HERE}.{name}"
+        for name in ("app_state", "caches", "ckpt_utils", "llm", "restore", "resume")
+    },
 }
 
 

@@ -10,6 +10,7 @@ from bioinit.compat.nemo._later import found_later
 from bioinit.compat.nemo.io.pl import TrainerContext
 
 if TYPE_CHECKING:
+    from bioinit.compat.nemo.ckpt_utils import is_distributed_ckpt
     from bioinit.compat.nemo.io.connector import (
         Connector,
         ConnectorMixin,
@@ -41,6 +42,7 @@ __all__ = [
     "drop_unexpected_params",
     "export_ckpt",
     "import_ckpt",
+    "is_distributed_ckpt",
     "is_known",
     "load",
     "load_context",
@@ -54,6 +56,7 @@ __all__ = [
 
 _HERE = "bioinit.compat.nemo.io"
 _HOMES = {
+    "is_distributed_ckpt": "bioinit.compat.nemo.ckpt_utils",
     **{
         name: f"{_HERE}.connector"
         for name in (
@@ -78,7 +81,7 @@ _HOMES = {
     },
     **{
         name: f"{_HERE}.{name}"
-        for name in ("api", "artifact", "capture", "connector", "mixin", "state")
+        for name in ("api", "artifact", "capture", "connector", "mixin", "pl", "state")
     },
 }
 
