@@ -1,0 +1,275 @@
+"""What a connector made, kept: made once, whole or not at all, and of what it was made.
+
+The cache (:mod:`bioinit.cache`) has the lock, the hidden folder and the note; here is what a
+connector's result depends on, and what becomes of a place where something stands already.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from bioinit import cache
+from bioinit.cache.content import Content
+from bioinit.cache.marker import lacks, read
+from bioinit.compat.nemo._hub import in_cache
+from bioinit.errors import CheckpointError, StorageError
+from bioinit.storage import MADE_OF
+
+_log = logging.getLogger("bioinit")
+_CONTENT = "content"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class Changed(StorageError, FileExistsError):
+    """What stands at a place was made of something else than is asked for now."""
+
+
+class StillMaking(StorageError, TimeoutError):
+    """Another process makes the same, and has not come to an end in time."""
+
+
+class MadeNothing(CheckpointError, RuntimeError):
+    """A connector returned without having made anything."""
+
+
+class Makes(Protocol):
+    """A connector, as far as it is asked here."""
+
+    def apply(self, output_path: Path, **kwargs: Any) -> Path | None: ...
+
+
+class _Elsewhere(Exception):
+    """What was made is no folder at the place that was given."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+class _Failed(Exception):
+    """What ``apply`` raised, past those who explain errors of writing."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def kept(
+    connector: Makes,
+    place: Path,
+    kwargs: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    is_ours: bool,
+    seconds: float,
+) -> Path:
+    """What ``connector`` makes at ``place``, now or before.
+
+    Args:
+        connector: its text is the source.
+        place: where it is to stand.
+        kwargs: for its ``apply``.
+        overwrite: make it, though it stands there.
+        is_ours: nobody chose the place, so what was made of something else is made again.
+        seconds: how long to wait for another process.
+    """
+    if os.path.lexists(place) and not overwrite and not _is_empty(place) and not _is_made(place):
+        _log.info("%s stands there, and was not made by bioinit: it is taken as it is.", place)
+        return place
+    source = _Source.of(str(connector), place)
+    made_of = _rules(connector, kwargs) | {"source": str(connector), _CONTENT: source.digest}
+    if overwrite:
+        # Without its note it is somebody's; the cache replaces it when the new one is whole.
+        (place / MADE_OF).unlink(missing_ok=True)
+    elif _fits(place, made_of):
+        return place
+    elif _is_made(place) and not is_ours and not _is_broken(place):
+        raise Changed(
+            f"{place} exists, and was made of something else than {connector} is now: "
+            f"{', '.join(_differing(place, made_of))} changed. Make it again with overwrite=True, "
+            "or choose another place."
+        )
+    returned: list[Path] = []
+
+    def make(at: Path) -> None:
+        at.rmdir()  # connectors make it themselves
+        try:
+            result = connector.apply(at, **kwargs)
+        except OSError as error:
+            if error.errno in _OF_THE_DISK:
+                raise
+            raise _Failed(error) from error
+        returned.append(_from(at, result))
+        if not at.is_dir():
+            raise _Elsewhere(_aside(at, place, result, connector))
+        if source.content is not None:
+            source.content.require_unchanged()
+
+    try:
+        cache.keep(
+            place,
+            made_of,
+            make,
+            about={"source": str(connector), "name": _name(type(connector))},
+            overwrite=overwrite or (is_ours and _is_made(place)),
+            apart=source.paths,
+            waiting=_until(time.monotonic() + seconds, place),
+        )
+    except _Elsewhere as elsewhere:
+        return elsewhere.path
+    except _Failed as failed:
+        raise failed.error from None
+    except StorageError:
+        # Another process made it meanwhile, and knew more or less of a source on the hub.
+        if overwrite or not _fits(place, made_of):
+            raise
+    return place / returned[0] if returned else place
+
+
+def is_kept(place: Path) -> bool:
+    """Whether something whole stands at ``place``, as far as can be known."""
+    return place.exists() and not _is_empty(place) and not _is_broken(place)
+
+
+def _is_made(place: Path) -> bool:
+    return (place / MADE_OF).is_file()
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
+
+
+def _is_broken(place: Path) -> bool:
+    """Whether a note says that there was more."""
+    note = read(place) if _is_made(place) else None
+    return note is not None and any(lacks(place, note))
+
+
+def _fits(place: Path, made_of: Mapping[str, str]) -> bool:
+    return _is_made(place) and not _differing(place, made_of) and not _is_broken(place)
+
+
+def _differing(place: Path, made_of: Mapping[str, str]) -> list[str]:
+    """What of ``made_of`` was something else when ``place`` was made."""
+    note = read(place)
+    if note is None:
+        return ["its note"]
+    found = []
+    for name in sorted({*note.made_of, *made_of}):
+        was, is_now = note.made_of.get(name, ""), made_of.get(name, "")
+        # The content of a name on the hub is known only once it has been fetched.
+        if was != is_now and not (name == _CONTENT and (not was or not is_now)):
+            found.append(name)
+    return found
+
+
+def _rules(connector: Makes, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """What decides what is made, beside the source: the connector's own code, and arguments."""
+    own = [
+        kind
+        for kind in type(connector).__mro__
+        if not kind.__module__.startswith(("bioinit.", "pathlib", "typing", "builtins"))
+    ]
+    code = hashlib.sha256()
+    for kind in own:
+        code.update(_name(kind).encode())
+        try:
+            code.update(inspect.getsource(kind).encode())
+        except (OSError, TypeError):  # typed in by hand
+            continue
+    said = {key: value for key, value in kwargs.items() if _is_plain(value)}
+    return {
+        "connector": _name(type(connector)),
+        "rules": code.hexdigest(),
+        "arguments": repr(sorted(said.items())),
+    }
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | type(None))
+
+
+class _Source(NamedTuple):
+    """What a connector reads, as far as it is known before it reads."""
+
+    digest: str
+    content: Content | None
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, source: str, place: Path) -> _Source:
+        """Of a path, the content of its files; of a name on the hub, its commit if it is here."""
+        path = Path(source).expanduser()
+        if path.exists():
+            content = cache.content_of(_files(path, place))
+            return cls(content.digest, content, (path,))
+        found = in_cache(source) if _ON_THE_HUB.fullmatch(source) else None
+        return cls("", None, ()) if found is None else cls(found.name, None, (found,))
+
+
+def _files(source: Path, place: Path) -> Iterator[Path]:
+    """The files of ``source`` without those of ``place``, which may stand in it."""
+    if source.is_file():
+        yield source
+        return
+    for where, folders, names in os.walk(source):
+        here = Path(where)
+        folders[:] = [name for name in folders if not _is_of(here / name, place)]
+        yield from (
+            path for name in names if not _is_of(path := here / name, place) and path.is_file()
+        )
+
+
+def _is_of(path: Path, place: Path) -> bool:
+    """Whether ``path`` is ``place``, or one of the hidden files and folders beside it."""
+    absolute = Path(os.path.abspath(path))
+    final = Path(os.path.abspath(place))
+    is_beside = absolute.parent == final.parent
+    return absolute == final or (is_beside and absolute.name.startswith(f".{final.name}."))
+
+
+def _from(at: Path, result: Any) -> Path:
+    """What ``apply`` returned, as a path from ``at``; a path of its own if it lies elsewhere."""
+    if result is None:
+        return Path()
+    path = Path(result)
+    return path.relative_to(at) if path.is_relative_to(at) else Path(os.path.abspath(path))
+
+
+def _aside(at: Path, place: Path, result: Any, connector: Makes) -> Path:
+    """Where something lies that is no folder at ``at``: a file, or what ``apply`` pointed at."""
+    if at.is_file():
+        os.replace(at, place)
+        return place
+    if result is not None and Path(result).exists():
+        return Path(result)
+    raise MadeNothing(
+        f"{_name(type(connector))}.apply({str(connector)!r}) made nothing: there is neither a file "
+        f"nor a folder at the output_path it was given. Write the result to output_path, or return "
+        "where it lies."
+    )
+
+
+def _until(end: float, place: Path) -> Callable[[], None]:
+    def wait() -> None:
+        if time.monotonic() > end:
+            raise StillMaking(
+                f"cannot make {place}: another process is at it, and has not come to an end within "
+                "LOCK_TIMEOUT. Wait for it, or raise LOCK_TIMEOUT of the connector."
+            )
+
+    return wait

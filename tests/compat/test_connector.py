@@ -1,0 +1,589 @@
+"""Connectors: found for a class, run once, whole or not at all.
+
+The values of the tables are those of nemo-toolkit 2.2.1, on Python 3.11.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import bioinit
+from bioinit.compat import nemo
+from bioinit.compat.nemo import io, llm
+from bioinit.compat.nemo.io import _kept
+from bioinit.compat.nemo.io.connector import Connector, ConnectorMixin, ModelConnector
+from bioinit.errors import BioinitError, ConfigError, StorageError
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch, tmp_path):
+    torch.set_num_threads(1)
+    monkeypatch.setenv("NEMO_HOME", str(tmp_path / "nemo"))
+    monkeypatch.setenv("BIOINIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("NEMO_MODELS_CACHE", raising=False)
+
+
+class Model(io.IOMixin, ConnectorMixin):
+    def __init__(self, width=2):
+        self.width = width
+
+
+class Child(Model):
+    pass
+
+
+@io.model_importer(Model, "hf")
+class Importer(io.ModelConnector["Source", Model]):
+    times = 0
+
+    def init(self):
+        return Model(3)
+
+    @property
+    def tokenizer(self):
+        return f"tokenizer of {self}"
+
+    def apply(self, output_path, **kwargs):
+        type(self).times += 1
+        assert not output_path.exists()
+        output_path.mkdir(parents=True)
+        source = Path(str(self))
+        text = (source / "w").read_text() if source.exists() else str(self)
+        (output_path / "w").write_text(text + "".join(sorted(kwargs)))
+        return output_path
+
+
+@pytest.fixture(autouse=True)
+def nothing_made():
+    Importer.times = 0
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source" / "my-model"
+    folder.mkdir(parents=True)
+    (folder / "w").write_text("one")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("mistralai/Mistral-7B", "mistralai/Mistral-7B"),
+        ("HF//x", "HF/x"),
+        ("/data/my-model", "my-model"),
+        ("/data/my-model/", "my-model"),
+        ("/data/dir/model.pth", "dir"),
+        ("/data/dir/model.pt", "dir"),
+        ("/data/dir/model.bin", "model.bin"),
+        ("a", "a"),
+        ("./a/b", "a/b"),
+        ("dir/model.pth", "dir/model.pth"),
+        ("../secret", "secret"),  # there: models/../secret
+    ],
+)
+def test_where_what_is_imported_is_kept(tmp_path, given, kept):
+    assert ModelConnector(given).local_path() == tmp_path / "nemo/models" / kept
+    assert ModelConnector(given).local_path(base_path="/b") == Path("/b") / kept
+
+
+def test_a_plain_connector_keeps_below_the_home_and_never_in_its_source(tmp_path):
+    assert Connector("a/b").local_path() == tmp_path / "nemo/a/b"
+    assert Connector("/a/b").local_path() == tmp_path / "nemo/b"  # there: /a/b
+
+
+def test_a_connector_is_a_path_whose_text_is_the_source():
+    connector = Importer("/data/model.pt")
+    assert isinstance(connector, pathlib.PosixPath) and str(connector) == "/data/model.pt"
+    assert (connector.name, connector.suffix, connector.parent.name) == ("model.pt", ".pt", "data")
+    for unwritten in (Connector("a").init, lambda: Connector("a").apply(Path("b"))):
+        with pytest.raises(NotImplementedError, match="write it"):
+            unwritten()
+
+
+def test_a_connector_may_take_more_than_its_path():
+    class Configured(io.ModelConnector):
+        def __new__(cls, path, settings=None):
+            made = super().__new__(cls, path)
+            made.settings = settings
+            return made
+
+    assert Configured("a/b", {"x": 1}).settings == {"x": 1}
+    io.model_importer(Model, "configured")(Configured)
+    found = Model._get_connector("configured://a/b", settings=5)
+    assert (str(found), found.settings, str(found / "c")) == ("a/b", 5, "a/b/c")
+
+
+def test_an_importer_is_found_by_its_word():
+    found = Model.importer("hf://org/name")
+    assert type(found) is Importer and str(found) == "org/name"
+    assert str(Model.importer("hf:///a/model")) == "/a/model"
+    assert str(Model.importer("hf://s3://bucket/m")) == "s3:/bucket/m"  # there: ValueError
+
+
+def test_an_exporter_is_found_beside_it():
+    @io.model_exporter(Model, "hf")
+    class Exporter(io.ModelConnector):
+        pass
+
+    found = Model.exporter("hf", "/a/ckpt")
+    assert type(found) is Exporter and str(found) == "/a/ckpt"
+    assert type(Model.importer("hf://x")) is Importer
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: Model.importer("gguf://x"), "No connector found for extension 'gguf' for <class"),
+        (lambda: Model.importer("/a/path"), "No connector found for extension '/a/path'"),
+        (lambda: Model.exporter("gguf", "x"), "No connector found for extension 'gguf'"),
+        (lambda: Model.importer("hf://"), "No default path specified for extension 'hf'"),
+        (lambda: Model.importer("hf"), "No default path specified"),  # there: a source "None"
+        (lambda: io.import_ckpt(object(), "hf://x"), "Model must be an instance of ConnectorMixin"),
+    ],
+)
+def test_what_cannot_be_found_is_a_value_error_that_says_so(ask, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        ask()
+    assert isinstance(caught.value, BioinitError)
+
+
+def test_a_default_path_is_what_a_bare_word_means():
+    class Other(io.IOMixin, ConnectorMixin):
+        pass
+
+    @io.model_importer(Other, "hf", default_path="org/default")
+    class OtherImporter(Importer):
+        def init(self):
+            return Other()
+
+    for word in ("hf", "hf://"):
+        assert str(Other.importer(word)) == "org/default"
+    assert str(OtherImporter()) == "org/default"
+    assert (Other.import_from("hf").ckpt_path / "w").read_text() == "org/default"
+
+
+def test_a_subclass_finds_its_parents_connector_but_is_not_made_by_it(source):
+    assert type(Child.importer("hf://x")) is Importer  # there: ValueError
+    assert Child().import_ckpt(f"hf://{source}").name == "my-model"
+    with pytest.raises(ValueError, match="makes a Model, and Child was asked for"):
+        Child.import_from(f"hf://{source}")
+
+    @io.model_importer(Child, "hf")
+    class ChildImporter(Importer):
+        def init(self):
+            return Child(4)
+
+    assert type(Child.importer("hf://x")) is ChildImporter
+    assert type(Model.importer("hf://x")) is Importer
+    assert Child.import_from(f"hf://{source}").width == 4
+    del Child._IMPORTERS[Child, "hf"]
+
+
+def test_only_classes_that_take_part_have_connectors():
+    with pytest.raises(TypeError, match="derived from ConnectorMixin"):
+        io.model_importer(dict, "hf")
+
+
+def test_an_import_converts_once_and_gives_the_tokenizer(tmp_path, source):
+    model = Model.import_from(f"hf://{source}")
+    assert (model.width, model.ckpt_path) == (3, tmp_path / "nemo/models/my-model")
+    assert (model.ckpt_path / "w").read_text() == "one"
+    assert model.tokenizer == f"tokenizer of {source}"
+    other = Model()
+    assert io.import_ckpt(other, f"hf://{source}") == model.ckpt_path
+    assert Importer.times == 1 and other.tokenizer == model.tokenizer
+    assert Importer(str(source)).is_in_cache() and not Importer("org/other").is_in_cache()
+
+
+def test_a_place_and_arguments_can_be_chosen(tmp_path, source):
+    place = io.import_ckpt(Model(), f"hf://{source}", output_path=tmp_path / "out", fast=True)
+    assert place == tmp_path / "out" and (place / "w").read_text() == "onefast"
+    based = Model().import_ckpt(f"hf://{source}", base_path=tmp_path / "base")
+    assert based == tmp_path / "base/my-model"
+
+
+def test_an_import_again_is_an_import_again(source):
+    path = Model().import_ckpt(f"hf://{source}")
+    assert Model().import_ckpt(f"hf://{source}", overwrite=True) == path and Importer.times == 2
+    assert Model().import_ckpt(f"hf://{source}") == path and Importer.times == 2
+
+
+def test_a_lock_that_somebody_left_changes_nothing(tmp_path, source):
+    path = Model().import_ckpt(f"hf://{source}")
+    for left in ("my-model.lock", ".my-model.lock", ".my-model.turn"):
+        (path.parent / left).write_text("")
+    Model().import_ckpt(f"hf://{source}", overwrite=True)
+    assert Importer.times == 2  # there: 1
+
+
+def test_a_source_that_changed_is_converted_again(tmp_path, source):
+    path = Model().import_ckpt(f"hf://{source}")
+    place = io.import_ckpt(Model(), f"hf://{source}", output_path=tmp_path / "mine")
+    (source / "w").write_text("two")
+    assert (Model().import_ckpt(f"hf://{source}") / "w").read_text() == "two"
+    with pytest.raises(FileExistsError, match="content changed"):
+        io.import_ckpt(Model(), f"hf://{source}", output_path=place)
+    assert (place / "w").read_text() == "one"
+    io.import_ckpt(Model(), f"hf://{source}", output_path=place, overwrite=True)
+    assert (place / "w").read_text() == "two" and path.exists()
+
+
+def test_a_connector_that_changed_converts_again(source, monkeypatch):
+    Model().import_ckpt(f"hf://{source}")
+    monkeypatch.setattr(_kept.inspect, "getsource", lambda kind: f"other code of {kind}")
+    Model().import_ckpt(f"hf://{source}")
+    assert Importer.times == 2
+
+
+def test_what_somebody_else_left_at_the_place_is_taken_as_it_is(tmp_path, source):
+    place = tmp_path / "nemo/models/my-model"
+    place.mkdir(parents=True)
+    assert Model().import_ckpt(f"hf://{source}") == place and Importer.times == 1, "it was empty"
+    other = tmp_path / "nemo/models/org/theirs"
+    (other / "weights").mkdir(parents=True)
+    assert Model().import_ckpt("hf://org/theirs") == other and Importer.times == 1
+
+
+class Failing(Importer):
+    def apply(self, output_path):
+        super().apply(output_path)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no"), OSError("org/x is no model on the hub"), KeyboardInterrupt()]
+)
+def test_an_import_that_fails_leaves_nothing_and_says_its_own_error(tmp_path, error):
+    connector = Failing("org/x")
+    connector.error = error
+    with pytest.raises(type(error)) as caught:
+        connector()
+    assert caught.value is error
+    assert not connector.local_path().exists() and not connector.is_in_cache()
+    assert not list(connector.local_path().parent.iterdir())
+    Importer("org/x")()
+    assert connector.is_in_cache()
+
+
+def test_a_failed_import_again_leaves_the_old_one(source):
+    path = Model().import_ckpt(f"hf://{source}")
+    failing = Failing(str(source))
+    failing.error = RuntimeError("no")
+    with pytest.raises(RuntimeError):
+        failing(path, overwrite=True)
+    assert (path / "w").read_text() == "one"
+
+
+def test_a_source_that_changes_meanwhile_is_not_kept(source):
+    class Slow(Importer):
+        def apply(self, output_path):
+            result = super().apply(output_path)
+            (source / "w").write_text("changed")
+            return result
+
+    with pytest.raises(BioinitError, match="changed while it was being read"):
+        Slow(str(source))()
+    assert not Slow(str(source)).is_in_cache()
+
+
+def test_a_connector_that_makes_nothing_is_an_error(tmp_path):
+    class Idle(io.ModelConnector):
+        def apply(self, output_path):
+            return output_path
+
+    with pytest.raises(RuntimeError, match="made nothing"):
+        Idle("org/x")()
+
+
+def test_what_is_returned_is_where_it_lies(tmp_path):
+    class Deep(io.ModelConnector):
+        def apply(self, output_path):
+            (output_path / "inner").mkdir(parents=True)
+            return output_path / "inner"
+
+    class File(io.ModelConnector):
+        def apply(self, output_path):
+            output_path.write_text("all")
+
+    class Elsewhere(io.ModelConnector):
+        def apply(self, output_path):
+            return tmp_path
+
+    assert Deep("a")() == tmp_path / "nemo/models/a/inner"
+    assert File("b")().read_text() == "all" and File("b")() == tmp_path / "nemo/models/b"
+    assert Elsewhere("c")() == tmp_path
+    assert sorted(p.name for p in (tmp_path / "nemo/models").iterdir()) == ["a", "b"]
+
+
+def test_of_several_threads_one_converts(source):
+    places = []
+    slow = type("Slow", (Importer,), {"apply": slowly})
+    threads = [
+        threading.Thread(target=lambda: places.append(slow(str(source))())) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(places) == 4 and len(set(places)) == 1 and Importer.times + slow.times == 1
+
+
+def slowly(self, output_path):
+    time.sleep(0.1)
+    return Importer.apply(self, output_path)
+
+
+def test_a_wait_has_an_end(source):
+    slow = type("Slow", (Importer,), {"apply": slowly, "LOCK_TIMEOUT": 0.01})
+    thread = threading.Thread(target=slow(str(source)))
+    thread.start()
+    time.sleep(0.05)
+    with pytest.raises(TimeoutError, match="another process is at it"):
+        slow(str(source))()
+    thread.join()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_killed_import_leaves_nothing_that_looks_finished(tmp_path, source):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+
+        class Endless(Importer):
+            def apply(self, output_path):
+                super().apply(output_path)
+                os.write(write, b"x")
+                time.sleep(60)
+
+        Endless(str(source))()
+        os._exit(0)
+    os.read(read, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not Importer(str(source)).is_in_cache()
+    assert Importer(str(source))() == tmp_path / "nemo/models/my-model"
+    left = [p.name for p in (tmp_path / "nemo/models").iterdir()]
+    assert left == ["my-model"]
+
+
+class Net(nn.Module, io.IOMixin, ConnectorMixin):
+    """A model as NeMo has them: made empty, filled by ``configure_model``."""
+
+    def __init__(self, config=None, tokenizer=None):
+        super().__init__()
+        self.config = config or Config()
+        self.tokenizer = tokenizer
+
+    def configure_model(self):
+        self.module = nn.Linear(self.config.width, 2)
+
+
+class Config(io.IOMixin):
+    def __init__(self, width=3, fp8="hybrid"):
+        self.width = width
+        self.fp8 = fp8
+
+
+@io.model_importer(Net, "hf")
+class NetImporter(io.ModelConnector["nn.Linear", Net]):
+    def init(self):
+        return Net(Config(width=3))
+
+    def apply(self, output_path):
+        target = self.init()
+        trainer = self.nemo_setup(target)
+        self.convert_state(torch.load(self.local_source() / "w.pt"), target)
+        self.nemo_save(output_path, trainer)
+        return output_path
+
+    def convert_state(self, source, target):
+        target.module.load_state_dict({k.removeprefix("lin."): v for k, v in source.items()})
+
+
+@io.model_exporter(Net, "hf")
+class NetExporter(io.ModelConnector[Net, "nn.Linear"]):
+    def apply(self, output_path):
+        model, _ = self.nemo_load(str(self))
+        output_path.mkdir()
+        state = {f"lin.{key}": value for key, value in model.module.state_dict().items()}
+        torch.save(state, output_path / "w.pt")
+
+
+@pytest.fixture
+def hf(tmp_path):
+    folder = tmp_path / "hf" / "net"
+    folder.mkdir(parents=True)
+    state = {"lin.weight": torch.arange(6.0).reshape(2, 3), "lin.bias": torch.tensor([7.0, 8.0])}
+    torch.save(state, folder / "w.pt")
+    return folder
+
+
+def test_there_and_back_is_the_same(tmp_path, hf):
+    model = Net.import_from(f"hf://{hf}")
+    kept = model.ckpt_path
+    assert sorted(p.name for p in kept.iterdir()) == [".made.json", "context", "weights"]
+    with bioinit.open_checkpoint(kept) as checkpoint:
+        assert set(checkpoint.tensors) == {"module.weight", "module.bias"}
+        assert torch.equal(checkpoint.read("module.bias"), torch.tensor([7.0, 8.0]))
+    assert io.load_context(kept, subpath="model.config").width == 3
+    loaded, trainer = NetExporter(str(kept)).nemo_load(kept)
+    assert trainer.lightning_module is loaded and loaded.config.fp8 is None
+    back = io.export_ckpt(kept, "hf")
+    assert back == kept / "hf"
+    again, first = torch.load(back / "w.pt"), torch.load(hf / "w.pt")
+    assert all(torch.equal(again[key], first[key]) for key in first)
+    assert io.export_ckpt(kept, "hf") == back, "what stands inside of the source is none of it"
+    assert Net.export_ckpt(str(kept), "hf", str(tmp_path / "other")) == tmp_path / "other"
+
+
+def test_resuming_imports_through_the_same_cache(tmp_path, hf):
+    trainer = SimpleNamespace(checkpoint_callback=None)
+    nemo.AutoResume(import_path=f"hf://{hf}").setup(trainer, Net())
+    assert trainer.ckpt_path == tmp_path / "nemo/models/net"
+    assert (trainer.ckpt_path / "weights/model.safetensors").is_file()
+
+
+def test_a_model_that_cannot_be_saved_whole_is_not_saved(tmp_path):
+    connector = ModelConnector("x")
+    meta = Net()
+    with torch.device("meta"):
+        meta.configure_model()
+    with pytest.raises(ConfigError, match="2 parameters have no values"):
+        connector.nemo_save(tmp_path / "o", connector.nemo_setup(meta))
+    bare = connector.nemo_setup(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="LightningModule must extend IOMixin"):
+        connector.nemo_save(tmp_path / "o", bare)
+    connector.nemo_save(tmp_path / "o", bare, dump_io=False)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("o")) == ["o"]
+    with pytest.raises(ConfigError, match="its configure_model made none"):
+        connector.nemo_setup(nn.Module())
+
+
+def test_a_trainer_of_somebody_elses_is_refused(tmp_path):
+    connector = ModelConnector("x")
+    with pytest.raises(ConfigError, match="no trainer is driven here"):
+        connector.nemo_setup(nn.Linear(1, 1), SimpleNamespace())
+    with pytest.raises(ConfigError, match="no strategy"):
+        connector.nemo_setup(nn.Linear(1, 1), None, ckpt_async_save=False)
+    with pytest.raises(ConfigError, match="without a model"):
+        connector.nemo_save(tmp_path, nemo.io.connector.Conversion())
+
+
+def test_models_with_adapters_are_refused(tmp_path, hf):
+    kept = Net.import_from(f"hf://{hf}").ckpt_path
+    (kept / "weights/adapter_metadata.json").write_text("{}")
+    with pytest.raises(ValueError, match="target='hf-peft'"):
+        io.export_ckpt(kept, "hf")
+    with pytest.raises(ConfigError, match="ModelOpt"):
+        io.export_ckpt(kept, "hf", modelopt_export_kwargs={"dtype": "fp8"})
+
+
+def test_what_holds_no_model_with_connectors_is_not_exported(tmp_path):
+    io.TrainerContext(Config(), Config()).io_dump(tmp_path / "context")
+    with pytest.raises(ValueError, match="Model must be an instance of ConnectorMixin"):
+        io.export_ckpt(tmp_path, "hf")
+    with pytest.raises(FileNotFoundError):
+        io.export_ckpt(tmp_path / "none", "hf")
+
+
+def test_llm_refuses_a_place_that_is_taken_text_or_path(tmp_path, hf):
+    for place in (tmp_path, str(tmp_path)):
+        with pytest.raises(FileExistsError, match="Use overwrite=True to force overwrite"):
+            llm.import_ckpt(Net(), f"hf://{hf}", output_path=place)
+        with pytest.raises(FileExistsError, match="exists"):
+            llm.export_ckpt(hf, "hf", output_path=place)
+    kept = llm.import_ckpt(Net(), f"hf://{hf}", output_path=tmp_path / "new")
+    assert llm.export_ckpt(kept, "hf", tmp_path / "back") == tmp_path / "back"
+
+
+def test_a_local_source_is_taken_as_it_is(hf):
+    assert ModelConnector(str(hf)).local_source() == hf
+    with pytest.raises(StorageError, match="no such file or folder"):
+        ModelConnector("/no/where").local_source()
+
+
+def test_a_name_on_the_hub_is_answered_by_its_cache(tmp_path, monkeypatch):
+    repository = tmp_path / "hub/models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("c0ffee")
+    snapshot = repository / "snapshots/c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked = fake_hub(monkeypatch, snapshot)
+    assert ModelConnector("org/name").local_source() == snapshot
+    assert ModelConnector("org/name@v2").local_source() == snapshot
+    assert asked == [("org/name", None, True), ("org/name", "v2", True)]
+
+
+def fake_hub(monkeypatch, snapshot):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(name, *, revision=None, local_files_only=False):
+        asked.append((name, revision, local_files_only))
+        if snapshot is None:
+            kind = LocalEntryNotFoundError if local_files_only else OSError
+            raise kind("We couldn't connect")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_name_that_cannot_be_fetched_says_what_to_do(monkeypatch):
+    asked = fake_hub(monkeypatch, None)
+    with pytest.raises(StorageError, match=r"couldn't connect.*give the path of its folder"):
+        ModelConnector("org/name").local_source()
+    assert [local for _, _, local in asked] == [True, False]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(StorageError, match="huggingface_hub is not installed"):
+        ModelConnector("org/name").local_source()
+
+
+def test_a_new_commit_on_the_hub_is_converted_again(tmp_path, monkeypatch):
+    for commit in ("one", "two"):
+        (tmp_path / commit).mkdir()
+    fake_hub(monkeypatch, None)
+    Importer("org/name")()
+    fake_hub(monkeypatch, tmp_path / "one")
+    Importer("org/name")()
+    assert Importer.times == 1, "of what was made before it was known, nobody can say"
+    Importer("org/name")(overwrite=True)
+    fake_hub(monkeypatch, tmp_path / "two")
+    Importer("org/name")()
+    assert Importer.times == 3
+
+
+def test_each_tokenizer_gets_a_folder_of_its_own(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **kwargs):
+        asked.append((name, kwargs))
+        return SimpleNamespace(save_pretrained=lambda folder: Path(folder, "t").write_text(name))
+
+    fake = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    one, two = (ModelConnector("x").save_hf_tokenizer_assets(name) for name in ("a", "b"))
+    assert one != two and Path(one, "t").read_text() == "a"
+    assert asked == [("a", {}), ("b", {})], "code that it brought along is not run"
+
+
+def test_taking_down_forgets_the_model():
+    trainer = ModelConnector("x").nemo_setup(nn.Linear(1, 1))
+    nemo.io.connector.teardown(trainer, trainer.lightning_module)
+    assert trainer.lightning_module is None
