@@ -38,7 +38,7 @@ _AS_SAVED = "auto/as_saved"
 _LISTS = "initial_ckpt_skip_keys_with_these_prefixes"
 _FINE_TUNED = ("ESM2FineTuneSeqConfig", "ESM2FineTuneTokenConfig", "FineTuneSeqLenBioBertConfig")
 _ROLES = (
-    ("model.config", "part of the model's config"),
+    ("model.config", "the model's config, or a part of it"),
     ("model.tokenizer", "a tokenizer: its files go along when the model is saved"),
     ("model.model_construct_args.tokenizer", "a tokenizer: of it, only its size is asked for"),
     ("model.optim", "an optimizer: that is your trainer's"),
@@ -264,9 +264,10 @@ _FATES = {
 def _write_classes(page: Page, context: Context) -> None:
     """Every other class that the saved config names, and what takes its place."""
     found: dict[str, str] = {}
-    for at, name in _classes(context.tree, ""):
-        if at != "model.config" and name != context.model:
-            found.setdefault(name, at)
+    for said in (context, *context.beside):
+        for at, name in _classes(said.tree, ""):
+            if name != context.model:
+                found.setdefault(name, at)
     if not found:
         return
     page.gap()

@@ -35,6 +35,7 @@ from bioinit.record import build, make_record
 from bioinit.record import shown as plain
 
 _LABELS = {"token_classification": "cnn_num_classes", "sequence_classification": "mlp_target_size"}
+_COUNTED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
 _NEW_HEAD = "classifier"
 _START = "start"
 
@@ -126,6 +127,8 @@ class _Recipe:
             silent += [] if here else [prefix]
         if prefixes and run.checkpoint is not None:
             why = f"{listed(run.skipped)} in the file; these are the model's names here"
+            if not run.saved and "num_layers" not in self.fields:
+                why += ", of as many layers as the family has by default"
             page.says(SKIPPED, prefixes, why, depth=1)
         if silent:
             page.remark(f"{SKIPPED} has {listed(silent)}, which no name of this model has.", 1)
@@ -138,7 +141,8 @@ class _Recipe:
     def _carried(self, prefixes: list[str]) -> Mapping[str, tuple[str, ...]]:
         if not prefixes or self.config is None:
             return {}
-        fields = {**self.fields, "architecture": self.task}
+        counted = {name: self.run.saved[name] for name in _COUNTED if name in self.run.saved}
+        fields = {**self.fields, **counted, "architecture": self.task}
         record = make_record(self.config, fields, {}, at="model")
         return carried_over(prefixes, families.load(self.family), build(record, at="model"))
 
@@ -165,8 +169,9 @@ class _Recipe:
             if ours == "seq_length" and run.sections[DATA].get("seq_length") is not None:
                 why = f"{DATA}.seq_length, which BioNeMo puts in place of the model's"
             page.says(ours, literally(value), why, depth=1)
+        started = NEMO1 if run.model.get(NEMO1) else PATH
         for key, value in run.model.items():
-            if key in (PATH, NEMO1, SKIPPED, LISTED) or key in self.mapped:
+            if key in (started, SKIPPED, LISTED) or key in self.mapped:
                 continue
             field = self.account.get(str(key))
             if field is not None and field.fate == "mapped" and field.note in self.fields:
@@ -179,6 +184,8 @@ class _Recipe:
             return "no class of BioNeMo has it; a class of your own decides what it means"
         if key == "encoder_frozen":
             return "see init"
+        if key in (PATH, NEMO1):
+            return "nothing is read from there"
         if field is None or field.fate == "mapped":
             return "nothing is said by it"
         return field.note
@@ -206,31 +213,39 @@ class _Recipe:
                 f"{', '.join(bionemo.PRECISIONS)}."
             )
         dtype = None if word is None else bionemo.PRECISIONS[str(word)]
+        is_on_gpu = str(run.sections[TRAINING].get("accelerator")) in ("gpu", "cuda")
+        sharing = self._sharing()
+        if not (dtype or is_on_gpu or sharing):
+            return
         self._write_section("placement", [("dtype", dtype, why if dtype else "as stored")])
-        if str(run.sections[TRAINING].get("accelerator")) in ("gpu", "cuda"):
+        if is_on_gpu:
             why = f"{TRAINING}.accelerator: where training runs; in force, it is loaded there"
             self.page.would_say("device", "cuda", why, depth=1)
-        self._write_sharing()
+        if sharing:
+            start = f"under torchrun, {run.size('num_devices')} processes on each of"
+            hosts = f"{run.size('num_nodes')} hosts, put these in force:"
+            self.page.remark(f"{PARALLEL}: {start} {hosts}", 1)
+        for key, value, because in sharing:
+            self.page.would_say(key, value, because, depth=1)
 
-    def _write_sharing(self) -> None:
-        """How processes share the model: a remark, since who starts them says how many."""
+    def _sharing(self) -> list[tuple[str, Any, str]]:
+        """How processes share the model: remarks, since who starts them says how many."""
         run = self.run
-        sizes = {key: run.size(key) for key in ("num_devices", "num_nodes")}
+        world = run.size("num_devices") * run.size("num_nodes")
         tensor, pipeline = (run.size(f"{k}_model_parallel_size") for k in ("tensor", "pipeline"))
-        world = sizes["num_devices"] * sizes["num_nodes"]
         if world * tensor * pipeline == 1:
-            return
-        start = f"{PARALLEL}: under torchrun, {sizes['num_devices']} processes on each of "
-        self.page.remark(f"{start}{sizes['num_nodes']} hosts, put these in force:", 1)
+            return []
         if tensor == pipeline == 1:
-            self.page.would_say("strategy", "ddp", "each has the whole model", depth=1)
-        elif pipeline == 1:
-            self.page.would_say("strategy", "fsdp2+tp", "tensor parallelism", depth=1)
-            self.page.would_say("mesh", {"tp": tensor}, "the other axes take the rest", depth=1)
-        else:
-            why = "pipelines are Megatron's: set model.backend=megatron, for families that have it"
-            self.page.would_say("strategy", "megatron", why, depth=1)
-            self.page.would_say("mesh", {"tp": tensor, "pp": pipeline}, depth=1)
+            return [("strategy", "ddp", "each has the whole model")]
+        if pipeline == 1:
+            mesh = {"tp": tensor}
+            why = "tensor parallelism; the other axes take the rest"
+            return [("strategy", "fsdp2+tp", why), ("mesh", mesh, "tensor_model_parallel_size")]
+        why = "pipelines are Megatron's: set model.backend=megatron, where the family has it"
+        return [
+            ("strategy", "megatron", why),
+            ("mesh", {"tp": tensor, "pp": pipeline}, "model parallel sizes"),
+        ]
 
     def _write_output(self) -> None:
         section = self.run.sections[EXPERIMENT]

@@ -8,12 +8,13 @@ from typing import Any
 
 from bioinit import families
 from bioinit.contexts.protocol import Context
-from bioinit.errors import CheckpointError, ConfigError, StorageError
+from bioinit.errors import BioinitError, ConfigError
 from bioinit.families.protocol import ReadFields
 from bioinit.keys import suggestion
 from bioinit.migrate import bionemo
 from bioinit.migrate.bionemo import DATA, KINDS, LISTED, MODEL, NEMO1, PARALLEL, PATH, SKIPPED
 from bioinit.migrate.page import listed, shown
+from bioinit.sides.sane import require_sane
 
 HEADS = {"regression_head": "regression", "classification_head": "token_classification"}
 """What BioNeMo calls the head of a task, and the task."""
@@ -34,6 +35,7 @@ class Run:
         self.checkpoint = self._checkpoint()
         self.skipped = self._texts(SKIPPED)
         self.listed = self._texts(LISTED)
+        self.found, self.saved = self._look()
 
     def _checkpoint(self) -> str | None:
         first, second = (self.text_at(MODEL, key) for key in (PATH, NEMO1))
@@ -68,16 +70,27 @@ class Run:
             )
         return tuple(dict.fromkeys(value))
 
+    def _look(self) -> tuple[str | None, Mapping[str, Any]]:
+        """The family of the checkpoint, and the fields of its config, where it lies here."""
+        if self.checkpoint is None or not Path(self.checkpoint).expanduser().exists():
+            return None, {}
+        try:
+            with families.open_checkpoint(Path(self.checkpoint).expanduser()) as opened:
+                found = families.find(opened.context, opened.tensors)
+                if opened.context is None or found not in KINDS:
+                    return found, {}
+                for said in (opened.context, *opened.context.beside):
+                    require_sane(said.data, said.where, len(opened.tensors))
+                shapes = {key: tensor.shape for key, tensor in opened.tensors.items()}
+                read = families.load(str(found)).read_fields(opened.context, shapes)
+        except BioinitError:
+            return None, {}  # `bioinit plan` says what is wrong with it
+        return found, {name: field.value for name, field in read.fields.items()}
+
     def family(self) -> tuple[str, str]:
         """The family of the model, and how it is known."""
-        if self.checkpoint is not None and Path(self.checkpoint).expanduser().exists():
-            try:
-                with families.open_checkpoint(Path(self.checkpoint).expanduser()) as opened:
-                    found = families.find(opened.context, opened.tensors)
-            except (CheckpointError, StorageError):
-                found = None  # `bioinit plan` says what is wrong with it
-            if found is not None:
-                return found, "as the checkpoint's own config says"
+        if self.found is not None:
+            return self.found, "as the checkpoint's own config says"
         for name, kind in KINDS.items():
             for section, fields in kind.marks.items():
                 has = [field for field in fields if field in self.sections[section]]
@@ -124,15 +137,15 @@ class Run:
 
 def _require_known(tree: Mapping[Any, Any], where: str) -> None:
     """Refuse a file without a model, and keys that are misspelt: BioNeMo drops them silently."""
-    if MODEL not in tree:
-        raise ConfigError(
-            f"{where} has no {MODEL}, so it is no run of BioNeMo. It has {listed(map(str, tree))}. "
-            f"{suggestion(MODEL, map(str, tree))} Give what bionemo-esm2-train --config takes."
-        )
     known = {MODEL: bionemo.FIELDS} | {
         name: frozenset(fields.split()) for name, (_, fields) in bionemo.SECTIONS.items()
     }
     _require_spelt(tree, known, where, "")
+    if MODEL not in tree:
+        raise ConfigError(
+            f"{where} has no {MODEL}, so it is no run of BioNeMo. It has {listed(map(str, tree))}. "
+            "Give what bionemo-esm2-train --config takes."
+        )
     for name, fields in known.items():
         _require_spelt(_section(tree, name, where), fields, where, f"{name}.")
 

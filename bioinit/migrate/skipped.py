@@ -40,6 +40,8 @@ def carried_over(
     names = family.names(config, module, "nemo2", {})
     canonical: dict[str, list[str]] = {}
     for key, target in targets.items():
+        if target.tied_to is not None:
+            continue
         placed = names.memory.place(key, (Box.contiguous(target.shape),)) or ()
         canonical[key] = [place.key for place in placed]
     found = {}
