@@ -37,6 +37,7 @@ class Server(ThreadingHTTPServer):
         self.answers: list[tuple[int, dict[str, str]]] = []
         """Status and headers of the next answers, in the place of a file."""
         self.knows_ranges = True
+        self.says_length = True
         self.validator = "ETag"
         self.gate: threading.Barrier | None = None
         self.pause = 0.0
@@ -85,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(data) - first))
+        if server.says_length:
+            self.send_header("Content-Length", str(len(data) - first))
         if server.validator:
             self.send_header("ETag", etag)
         self.end_headers()
@@ -223,6 +225,40 @@ def test_a_part_of_which_nobody_knows_what_it_is_is_not_used(server, tmp_path):
     (tmp_path / ".a.part").write_bytes(b"something else")
     download(server, tmp_path, "a")
     assert server.asked == [("a", None)] and (tmp_path / "a").read_bytes() == DATA
+
+
+def test_without_a_length_only_a_digest_can_tell_that_all_came(server, tmp_path):
+    server.files["a"] = DATA
+    server.says_length = False
+    with pytest.raises(StorageError, match="does not say how long"):
+        download(server, tmp_path, "a")
+    download(server, tmp_path, "a", sha256={"a": hashlib.sha256(DATA).hexdigest()})
+    assert (tmp_path / "a").read_bytes() == DATA
+    server.files["empty"] = b""
+    server.says_length = True
+    download(server, tmp_path, "empty")
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
+def test_a_kill_between_the_note_and_the_bytes_mixes_no_two_files(server, tmp_path, monkeypatch):
+    server.files["a"] = DATA
+    server.cut_after = [200_000, 0]
+    with pytest.raises(StorageError):
+        download(server, tmp_path, "a", retries=0)
+    server.files["a"] = DATA[::-1]
+    server.cut_after = []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(_download._File, "_take", killed)
+        download(server, tmp_path, "a")
+    download(server, tmp_path, "a")
+    assert (tmp_path / "a").read_bytes() == DATA[::-1]
 
 
 def test_a_digest_that_does_not_fit_is_an_error_and_leaves_nothing(server, tmp_path):

@@ -206,7 +206,7 @@ class _File:
             try:
                 return self._ask()
             except (OSError, http.client.HTTPException) as error:
-                if not _is_of_the_network(error):
+                if isinstance(error, BioinitError) or not _is_of_the_network(error):
                     raise
                 # A line that breaks again and again still brings the file, if it brings some of it.
                 tries = 1 if self._have() > before else tries + 1
@@ -241,6 +241,13 @@ class _File:
             if first not in (0, have) or (first and total != said.get("total", total)):
                 self._forget()
                 raise http.client.IncompleteRead(b"")
+            if total is None and not answer.chunked and self.digest is None:
+                raise Unreachable(
+                    f"cannot download {self.url}: the server does not say how long it is, so "
+                    "nobody can tell whether all of it came. Give its sha256."
+                )
+            if not first:  # before the note says that what is here is a part of this
+                self.part.unlink(missing_ok=True)
             self._write_note(total, answer.headers)
             return self._take(answer, first, total)
 
@@ -369,7 +376,7 @@ def _is_of_the_network(error: Exception) -> bool:
         ssl.SSLError,
         http.client.HTTPException,
     )
-    return isinstance(error, kinds) and not isinstance(error, BioinitError)
+    return isinstance(error, kinds)
 
 
 def _said_wait(error: Exception) -> float | None:
