@@ -98,12 +98,15 @@ class InitPolicy:
     check_finite: bool = False
     layers: tuple[int, ...] | int | None = None
     convert: bool | str | None = None
+    """``once`` (or true): a checkpoint in another dialect than the model's own is converted into
+    the cache, and read from there; null or false: every checkpoint is read as it is."""
 
     def __post_init__(self) -> None:
-        if self.convert:
+        if self.convert not in (None, False, True, "once"):
             raise ConfigError(
-                f"convert={self.convert!r} is not supported yet: checkpoints are read as they are, "
-                "with no cache. Leave init.convert out."
+                f"convert={self.convert!r} is not known: write once, or leave it out. The dialect "
+                "is the one in which the model is built; `bioinit convert SRC DST --to DIALECT` "
+                "writes any other to a folder of yours."
             )
 
 

@@ -116,9 +116,15 @@ def test_a_device_that_this_machine_lacks_may_be_planned_for() -> None:
     assert Placement(device="cuda:9").device == "cuda:9"
 
 
-def test_what_is_not_supported_yet_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"convert=True is not supported yet.*Leave init.convert"):
-        build(make_record(Run, {"init": {"convert": True}}))
+@pytest.mark.parametrize("given", ["hf", "always", "no"])
+def test_a_dialect_to_convert_to_is_nobodys_choice_but_the_models(given: str) -> None:
+    with pytest.raises(ConfigError, match=rf"convert='{given}' is not known: write once.*--to DIA"):
+        build(make_record(Run, {"init": {"convert": given}}))
+
+
+@pytest.mark.parametrize("given", [True, False, None, "once"])
+def test_converting_once_is_on_or_off(given: Any) -> None:
+    assert build(make_record(Run, {"init": {"convert": given}})).init.convert == given
 
 
 @pytest.mark.parametrize("mesh", [{"dp": 2, "tp": 4}, (2, 4), None])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from bioinit.cache import use
-from bioinit.cache.content import Content, content_of
+from bioinit.cache.content import Content, content_of, is_remembered
 from bioinit.cache.marker import is_made_of, mark, touch
 from bioinit.cache.places import HOME, home, key_of, place_of
 from bioinit.cache.shelf import Kept, Removed, entries, prune, verify
@@ -33,6 +33,7 @@ __all__ = [
     "entries",
     "find",
     "home",
+    "is_remembered",
     "keep",
     "keep_in_steps",
     "key_of",

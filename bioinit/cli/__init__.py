@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
-from bioinit.cli import migrate, runs
+from bioinit.cli import cache, migrate, runs
 from bioinit.cli.said import EXITS, USAGE, Said, Terminated, ended, print_json, progress
 from bioinit.version import __version__
 
@@ -224,6 +224,7 @@ VERBS = {
     "convert": Verb("the same weights in another dialect and format", _convert_arguments, _convert),
     "verify": Verb("recompute the digests of a receipt", _verify_arguments, _verify),
     "recipes": Verb("list the recipes, or show one composed", _recipes_arguments, _recipes),
+    "cache": Verb("what was converted once: list, verify, prune", cache.arguments, cache.run),
     "migrate": Verb(
         "old settings, contexts and recipes as YAML of ours", migrate.options, migrate.run
     ),

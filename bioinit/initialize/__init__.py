@@ -91,7 +91,10 @@ def plan(record: fdl.Config[Run], *, parallelize: Parallelize | None = None) -> 
     Raises:
         BioinitError: the recipe, the checkpoint's headers or its config cannot be used at all.
     """
-    with _ranks_of(record) as world, prepare(record, world, parallelize) as prepared:
+    with (
+        _ranks_of(record) as world,
+        prepare(record, world, parallelize, converts=False) as prepared,
+    ):
         return prepared.plan
 
 
@@ -118,7 +121,10 @@ def initialize(
         BioinitError: see its subclasses. Nothing is written under a final name. What fails in one
             process is raised in all of them.
     """
-    with _ranks_of(record) as world, prepare(record, world, parallelize) as prepared:
+    with (
+        _ranks_of(record) as world,
+        prepare(record, world, parallelize, progress=progress) as prepared,
+    ):
         run = prepared.run
         device = _present(run.placement.device, world)
         raise_for(prepared.plan.problems, "the plan has")
@@ -272,7 +278,7 @@ def _lying(prepared: Prepared) -> tuple[Path, ...]:
     checkpoint = prepared.checkpoint
     if checkpoint is None:
         return ()
-    return (checkpoint.path, *(file.path for file in checkpoint.files))
+    return (checkpoint.path, *(file.path for file in checkpoint.files), *prepared.named)
 
 
 def _to_read(planned: LoadPlan, is_split: bool) -> int:

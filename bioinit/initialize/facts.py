@@ -21,7 +21,10 @@ _OF_EACH = ("model.initial_ckpt_path", "output_dir")
 
 
 def facts(
-    run: Run, checkpoint: Checkpoint | None, parallelize: Callable[..., Any] | None
+    run: Run,
+    checkpoint: Checkpoint | None,
+    parallelize: Callable[..., Any] | None,
+    kept: str | None = None,
 ) -> dict[str, str]:
     """Everything that decides what is planned, by a name that people know.
 
@@ -29,11 +32,15 @@ def facts(
         run: the run, with its model as it was given.
         checkpoint: is compared by its digest, which covers headers, sizes and modification times.
         parallelize: the caller's own way to divide the model.
+        kept: what the checkpoint was made of, if it was converted once: on another host its files
+            may have been made at another time.
     """
     found = {key: _said(value) for key, value in _fields("", run) if key not in _OF_EACH}
     # Where it lies may differ, whether it is there decides what ranks do together.
     found["output_dir"] = "not set" if run.output_dir is None else "set"
     found |= _common(checkpoint)
+    if kept is not None:
+        found["checkpoint"] = kept
     if parallelize is not None:
         found["parallelize"] = _said(parallelize)
     return found

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
@@ -25,6 +26,7 @@ from bioinit.initialize.across import described_by, names_across
 from bioinit.initialize.division import Division, Parallelize, require_alike
 from bioinit.initialize.facts import facts, loading_facts
 from bioinit.initialize.layers import Layers
+from bioinit.initialize.once import Opened, Progress, opened
 from bioinit.initialize.outputs import across_for
 from bioinit.keys import Pattern, suggestion
 from bioinit.load import reset_parameters
@@ -43,6 +45,8 @@ from bioinit.sides.sane import require_sane
 from bioinit.storage import File
 from bioinit.targets import describe, is_divided, slots
 from bioinit.version import __version__
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Prepared:
     """How the model is written; None for a module of somebody's own."""
     division: Division = dataclasses.field(default_factory=Division)
     """Who shares the model, and how it is divided."""
+    named: tuple[Path, ...] = ()
+    """Where what the checkpoint was converted from lies."""
 
     @property
     def files(self) -> Sequence[File]:
@@ -84,7 +90,12 @@ class Prepared:
 
 @contextmanager
 def prepare(
-    record: fdl.Config[Run], world: World = ALONE, parallelize: Parallelize | None = None
+    record: fdl.Config[Run],
+    world: World = ALONE,
+    parallelize: Parallelize | None = None,
+    *,
+    converts: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[Prepared]:
     """Decide everything about a run; its checkpoint is open inside.
 
@@ -92,6 +103,8 @@ def prepare(
         record: of the run.
         world: the ranks that share its model; all of them call this.
         parallelize: divides the model on meta in place of ``placement.strategy``.
+        converts: whether what ``init.convert`` asks for is done now, where it is not in the cache.
+        progress: is told of a conversion.
     """
     started = time.perf_counter()
     run: Run = build(record)
@@ -100,9 +113,17 @@ def prepare(
     if path is None:
         yield _decide(record, run, None, started, world, parallelize)
         return
-    with families.open_checkpoint(path) as checkpoint:
+    with opened(
+        path,
+        record,
+        run,
+        lambda: _family(record, run),
+        world,
+        converts=converts,
+        progress=progress,
+    ) as found:
         with collector.paused():
-            prepared = _decide(record, run, checkpoint, started, world, parallelize)
+            prepared = _decide(record, run, found, started, world, parallelize)
         yield prepared
 
 
@@ -182,13 +203,15 @@ def _in_keywords(cure: str) -> str:
 def _decide(
     record: fdl.Config[Run],
     run: Run,
-    checkpoint: Checkpoint | None,
+    found: Opened | None,
     started: float,
     world: World,
     parallelize: Parallelize | None,
 ) -> Prepared:
+    checkpoint = None if found is None else found.checkpoint
+    kept = None if found is None else found.key
     if world.size > 1:
-        world.agree(facts(run, checkpoint, parallelize))
+        world.agree(facts(run, checkpoint, parallelize, kept))
     context = None if checkpoint is None else checkpoint.context
     family = _family(record, run)
     if context is not None and checkpoint is not None:
@@ -227,7 +250,8 @@ def _decide(
     names, spelling = names_of_family(family, config, described, module, whole, checkpoint)
     nothing = checkpoint is None
     stored: Mapping[str, StoredTensor] = {} if checkpoint is None else checkpoint.tensors
-    notes = [*division.notes(), *notes_on(checkpoint, spelling, saved, merged.missing)]
+    told = () if found is None else found.notes
+    notes = [*told, *division.notes(), *notes_on(checkpoint, spelling, saved, merged.missing)]
     is_left: Callable[[str], bool] = frozenset[str]().__contains__
     if layers is not None:
         is_left = layers.is_left(module)
@@ -247,7 +271,10 @@ def _decide(
         is_left=is_left,
         share=division.share,
     )
-    planned = _finished(planned, run.init, checkpoint, run.family, started, division.said())
+    converted = {} if found is None or found.said is None else {"converted_from": found.said}
+    planned = _finished(
+        planned, run.init, checkpoint, run.family, started, division.said(), converted
+    )
     empty = [] if planned.tensors or nothing else [_nothing_to_load_into(module)]
     problems = (*merged.problems, *empty, *planned.problems)
     across = across_for(run, family, config, checkpoint, saved)
@@ -267,6 +294,7 @@ def _decide(
         spelling,
         across,
         division,
+        () if found is None else found.named,
     )
 
 
@@ -325,6 +353,7 @@ def _finished(
     family: str | None,
     started: float,
     placement: Mapping[str, Any],
+    converted: Mapping[str, Any] = _NOTHING,
 ) -> LoadPlan:
     """The plan with what only the whole of it knows: files, header, idle patterns, time."""
     return dataclasses.replace(
@@ -335,6 +364,7 @@ def _finished(
             lambda: {
                 "bioinit": __version__,
                 "checkpoint": about(checkpoint, family),
+                **converted,
                 **placement,
             }
         ),
