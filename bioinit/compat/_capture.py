@@ -143,7 +143,8 @@ def track_io(
     if isinstance(target, ModuleType):
         for kind in list(vars(target).values()):
             home = getattr(kind, "__module__", None) if isinstance(kind, type) else None
-            if home == target.__name__ or str(home).startswith(f"{target.__name__}."):
+            inside = home == target.__name__ or str(home).startswith(f"{target.__name__}.")
+            if inside and kind.__dictoffset__:
                 track_io(kind, artifacts)
         return target
     if not isinstance(target, type):
@@ -153,6 +154,10 @@ def track_io(
         )
     if target in _PLAIN:
         return target
+    if not target.__dictoffset__:
+        raise NoTarget(
+            f"{target.__name__} has __slots__ and no place for an __io__. Add '__dict__' to them."
+        )
     _wrap(target)
     register(target, *names)
     if artifacts is not None or "__io_artifacts__" not in target.__dict__:

@@ -342,6 +342,20 @@ def test_tracking_a_module_takes_the_classes_that_are_defined_in_it():
     assert io.is_known("a_module_of_a_test." + Inside.__qualname__)
 
 
+def test_a_class_without_a_place_for_a_record_is_not_tracked():
+    class Narrow:
+        __slots__ = ("a",)
+
+        def __init__(self, a):
+            self.a = a
+
+    with pytest.raises(TypeError, match="Narrow has __slots__"):
+        io.track_io(Narrow)
+    module = types.ModuleType(Narrow.__module__)
+    module.Narrow = Narrow
+    assert io.track_io(module).Narrow(3).a == 3
+
+
 @pytest.mark.parametrize("kind", [int, str, dict, type(None)])
 def test_plain_types_are_not_tracked(kind):
     assert io.track_io(kind) is kind

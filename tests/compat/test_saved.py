@@ -106,6 +106,19 @@ def names_of_one_test(monkeypatch):
         monkeypatch.setattr(names, table, dict(getattr(names, table)))
 
 
+class Maker:
+    @classmethod
+    def make(cls):
+        return cls.__name__
+
+    def method(self):
+        pass
+
+
+class HeirOfMaker(Maker):
+    pass
+
+
 def add(a, b, c=5):
     return a + b + c
 
@@ -115,6 +128,8 @@ def again(value, folder, **how):
     return io.load(folder, **how)
 
 
+HOLDS_ITSELF = [[1]]
+HOLDS_ITSELF[0].append(HOLDS_ITSELF)
 VALUES = {
     "numbers and text": (1, 2.5, True, None, "text \n ü"),
     "containers": {"a": (1, 2), ("k", 2): [{3}], 4: frozenset([5]), None: {}},
@@ -122,6 +137,7 @@ VALUES = {
     "enum": {"c": Color.RED, Color.BLUE: Color.BLUE},
     "classes": [Inner, Pair, int, torch.nn.ReLU],
     "functions": [add, torch.nn.functional.silu, torch.nn.functional.gelu, torch.nn.init.normal_],
+    "class methods": [Maker.make, HeirOfMaker.make],
     "dtypes": [torch.bfloat16, torch.float8_e4m3fn, torch.int64],
     "path": [Path("/x/y"), Path("z")],
     "dataclass": [Inner(4, [Inner(5)])],
@@ -275,9 +291,12 @@ def test_yaml_of_what_is_no_argument_is_an_error_and_writes_nothing(tmp_path):
         (torch.zeros(2), r"<root>\.p is a torch\.Tensor.*track_io\(Tensor\)"),
         ([{"k": object()}], r"<root>\.p\[0\]\['k'\] is a builtins\.object"),
         (lambda: 1, r"<root>\.p is <function"),
+        (functools.partial(lambda: 1), r"<root>\.p is <function"),
+        (Maker().method, r"<root>\.p is <bound method .*a method of an object"),
+        (HOLDS_ITSELF, r"<root>\.p\[0\]\[1\] is a builtins\.list that holds itself"),
         ({Inner: 1, (1, Path("x")): 2}, r"<root>\.p has the key"),
     ],
-    ids=["tensor", "object", "lambda", "key"],
+    ids=["tensor", "object", "lambda", "partial of a lambda", "method", "cycle", "key"],
 )
 def test_what_cannot_be_written_is_an_error_and_leaves_the_earlier_file(value, what, tmp_path):
     Pair(5).io_dump(tmp_path)

@@ -18,7 +18,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, get_args
 
 from bioinit.contexts._aliases import MOVED
@@ -42,7 +42,17 @@ _FUNCTIONAL = "torch.nn.functional."
 
 def dotted(value: Any) -> str:
     """The name of a class or function, as files spell it: module and qualified name."""
-    return f"{value.__module__}.{value.__qualname__}"
+    return ".".join(spelled(value))
+
+
+def spelled(value: Any) -> tuple[str, str]:
+    """The module and the name by which a class, a function or a member of an enum is written."""
+    if isinstance(value, enum.Enum):
+        return type(value).__module__, f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, MethodType):  # its own name is the one of the class that defines it
+        owner: Any = value.__self__
+        return owner.__module__, f"{owner.__qualname__}.{value.__name__}"
+    return _WRITTEN.get(value) or _public(value) or (value.__module__, value.__qualname__)
 
 
 def register(value: Any, *others: str) -> None:
@@ -89,10 +99,8 @@ def may_be_called(value: Any) -> bool:
     return any(value is known for name, known in _torch().items() if name.startswith("torch.nn"))
 
 
-def public_name(value: Any) -> tuple[str, str] | None:
-    """Module and name to write for ``value``, where they are not those that Python gives it."""
-    if isinstance(value, type) and value in _WRITTEN:
-        return _WRITTEN[value]
+def _public(value: Any) -> tuple[str, str] | None:
+    """Module and name of ``value`` on the closed list, which Python may know by another name."""
     for name, known in _torch().items():
         if known is value:
             module, _, last = name.rpartition(".")

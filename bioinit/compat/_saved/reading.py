@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _CONTEXT = "context"
 _MOST_SHOWN = 20
 _LISTS = {"builtins.tuple": tuple, "builtins.set": set, "builtins.frozenset": frozenset}
+_KINDS = {"Partial": fdl.Partial, "ArgFactory": fdl.ArgFactory}
 _PATH = re.compile(r"pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path")
 _STEP = re.compile(r"\.?(?:([^.\[\]]+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\])")
 _PLACE = re.compile(r"(?:Attr\(name=|Key\(key=|Index\(index=)(?:'(.*)'|\"(.*)\"|(\d{1,9}))\)")
@@ -135,9 +136,9 @@ def _dropped(value: Any, at: str, seen: set[int]) -> bool:
         return any([_dropped(item, f"{at}[{i}]", seen) for i, item in enumerate(value)])
     if not isinstance(value, fdl.Buildable):
         return False
-    parameters = inspect.signature(fdl.get_callable(value)).parameters
+    parameters = _parameters(fdl.get_callable(value))
     updated = False
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = value.__arguments__
         lost = [name for name in arguments if isinstance(name, str) and name not in parameters]
         if lost:
@@ -147,6 +148,13 @@ def _dropped(value: Any, at: str, seen: set[int]) -> bool:
             del arguments[name]
     inner = [_dropped(item, f"{at}.{name}", seen) for name, item in value.__arguments__.items()]
     return updated or any(inner)
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some classes that are written in C do not say
+        return None
 
 
 def _record(document: Any, where: str, subpath: str | None) -> Any:
@@ -286,7 +294,7 @@ class _Records(Reader):
             arguments[int(match[3]) if is_index else match[1] or match[2] or ""] = value
         if isinstance(target, type) and issubclass(target, Artifact):
             return arguments.get("attr")  # it stands for the text itself
-        return _made((fdl.Partial if kind.endswith("Partial") else fdl.Config)(target), arguments)
+        return _made(_KINDS.get(kind.rpartition(".")[2], fdl.Config)(target), arguments)
 
 
 def _made(record: Any, arguments: Mapping[Any, Any]) -> Any:

@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -32,11 +33,18 @@ from bioinit.storage import disk_error
 IO_FILE = "io.json"
 _LEAVES = (int, float, bool, str, type(None))
 _REFERRED = (type, FunctionType, BuiltinFunctionType, MethodType, enum.Enum, torch.dtype)
-_NOTHING = object()
+_OPEN = object()
 
 
 class Unwritable(ConfigError, serialization.UnserializableValueError):  # type: ignore[misc]
     """A value that ``io.json`` cannot hold."""
+
+
+class MissingArtifact(ConfigError, ValueError):
+    """A file that must be saved along is not there."""
+
+
+names.write_as(Path, "pathlib", "Path")  # which Python 3.13 calls otherwise
 
 
 def dump(instance: Any, output: Path | str, yaml_attrs: Iterable[str] = ()) -> None:
@@ -56,11 +64,10 @@ def dump(instance: Any, output: Path | str, yaml_attrs: Iterable[str] = ()) -> N
                 f"yaml_attrs names {name!r}, which is no argument of {type(instance).__name__}. "
                 + suggestion(name, known)
             )
-    half = folder / f".{IO_FILE}.partial"
     try:
         created = not folder.exists()
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f".{IO_FILE}.", dir=folder))
         try:
             record = _Plain(half).of(instance, "<root>")
             texts = {f"{name}.yaml": _yaml(getattr(record, name)) for name in attrs}
@@ -98,8 +105,15 @@ class _Plain:
             return value
         if id(value) not in self.known:
             # The value is kept too: its id stays its own.
+            self.known[id(value)] = value, _OPEN
             self.known[id(value)] = value, self._made(value, at)
-        return self.known[id(value)][1]
+        made = self.known[id(value)][1]
+        if made is _OPEN:
+            raise Unwritable(
+                f"{at} is a {names.dotted(type(value))} that holds itself, which {IO_FILE} cannot "
+                "hold. Leave the inner one out."
+            )
+        return made
 
     def _made(self, value: Any, at: str) -> Any:
         if isinstance(value, fdl.Buildable):
@@ -121,7 +135,6 @@ class _Plain:
             whole = fdl.Partial(value.func, *value.args, **value.keywords)
             return self._record(whole, None, at)
         if isinstance(value, PurePath):
-            names.register(Path)
             return fdl.Config(Path, str(value))
         if dataclasses.is_dataclass(value):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
@@ -152,6 +165,11 @@ class _Plain:
         return value
 
     def _require_named(self, value: Any, at: str) -> None:
+        if isinstance(value, MethodType) and not isinstance(value.__self__, type):
+            raise Unwritable(
+                f"{at} is {value!r:.200}, a method of an object, and {IO_FILE} holds functions "
+                "and classes only. Pass the object."
+            )
         name = getattr(value, "__qualname__", "<lambda>")
         module = getattr(value, "__module__", None)
         if module and ("<" not in name or names.find(f"{module}.{name}") is value):
@@ -163,7 +181,7 @@ class _Plain:
 
     def _record(self, record: Any, instance: Any, at: str) -> Any:
         made = copy.copy(record)
-        names.register(fdl.get_callable(record))
+        self._referred(fdl.get_callable(record), at)
         arguments = made.__arguments__
         for key, value in self._with_artifacts(made, instance, at).items():
             arguments[key] = self.of(
@@ -187,10 +205,6 @@ class _Plain:
         return found
 
 
-class MissingArtifact(ConfigError, ValueError):
-    """A file that must be saved along is not there."""
-
-
 class _Writer(serialization.Serialization):  # type: ignore[misc]
     """fiddle's writer, which finds names without importing and knows torch's dtypes."""
 
@@ -203,15 +217,8 @@ class _Writer(serialization.Serialization):  # type: ignore[misc]
         return super()._serialize(value, current_path, all_paths)  # type: ignore[no-any-return]
 
     def _pyref(self, value: Any, current_path: Any) -> dict[str, Any]:
-        module, name = _named(value)
+        module, name = names.spelled(value)
         return {"type": "pyref", "module": module, "name": name}
-
-
-def _named(value: Any) -> tuple[str, str]:
-    """The module and the name by which a class, a function or a member of an enum is written."""
-    if isinstance(value, enum.Enum):
-        return type(value).__module__, f"{type(value).__qualname__}.{value.name}"
-    return names.public_name(value) or (value.__module__, value.__qualname__)
 
 
 def _yaml(value: Any) -> str:
@@ -223,7 +230,7 @@ def _shown(value: Any) -> Any:
     """Every argument and every default of a record, for people and for readers of YAML."""
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
-        found: dict[str, Any] = {"_target_": ".".join(_named(target))}
+        found: dict[str, Any] = {"_target_": names.dotted(target)}
         if isinstance(value, fdl.Partial):
             found["_partial_"] = True
         places = {key: item for key, item in value.__arguments__.items() if isinstance(key, int)}
@@ -239,7 +246,7 @@ def _shown(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"_target_": str(value), "_call_": False}
     if isinstance(value, type | FunctionType | BuiltinFunctionType | MethodType):
-        return {"_target_": ".".join(_named(value)), "_call_": False}
+        return {"_target_": names.dotted(value), "_call_": False}
     if isinstance(value, Mapping):
         return {key: _shown(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
