@@ -97,6 +97,8 @@ def test_an_adapter_survives_being_copied_and_sent():
     for again in (pickle.loads(pickle.dumps(adapter)), copy.copy(adapter), adapter / ""):
         assert again == adapter and again.base_model_path == Path("b")
     assert AdapterPath("a").base_model_path is None
+    with pytest.raises(TypeError):
+        adapter / 5
     assert "adapter_path=c" in repr(AdapterPath("a", adapter_path="c"))
 
 

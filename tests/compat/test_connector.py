@@ -98,6 +98,12 @@ def test_where_what_is_imported_is_kept(tmp_path, given, kept):
     assert ModelConnector(given).local_path(base_path="/b") == Path("/b") / kept
 
 
+@pytest.mark.parametrize("given", ["/", ".", "..", "a/.."])
+def test_a_source_without_a_name_has_no_place(given):
+    with pytest.raises(ValueError, match="ends in no name"):  # there: the whole cache
+        ModelConnector(given)(overwrite=True)
+
+
 def test_a_plain_connector_keeps_below_the_home_and_never_in_its_source(tmp_path):
     assert Connector("a/b").local_path() == tmp_path / "nemo/a/b"
     assert Connector("/a/b").local_path() == tmp_path / "nemo/b"  # there: /a/b

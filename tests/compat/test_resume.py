@@ -319,6 +319,15 @@ def test_the_tokenizer_that_was_saved_along_becomes_the_models(tmp_path, where):
     assert untouched.tokenizer is None
 
 
+def test_a_subclass_may_look_elsewhere(tmp_path):
+    class Elsewhere(AutoResume):
+        def _find_trainer_ckpt_path(self):
+            return tmp_path
+
+    assert Elsewhere(resume_if_exists=True).get_trainer_ckpt_path() == tmp_path
+    assert Elsewhere().get_trainer_ckpt_path() is None
+
+
 def test_a_trainer_without_a_checkpoint_callback_is_told_the_rest(tmp_path):
     lay(tmp_path, ["a--last/"])
     bare = SimpleNamespace(checkpoint_callback=None)

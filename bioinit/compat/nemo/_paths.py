@@ -42,7 +42,8 @@ class AdapterPath(PosixPath):
         pass
 
     def __truediv__(self, key: Any) -> Self:
-        return self.with_base(self.base_model_path, super().__truediv__(key))
+        made = super().__truediv__(key)
+        return made if made is NotImplemented else self.with_base(self.base_model_path, made)
 
     def with_base(self, base_model_path: Path | None, path: Path | None = None) -> Self:
         """The same adapter, or that at ``path``, on another model."""

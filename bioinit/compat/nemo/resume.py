@@ -215,10 +215,15 @@ class AutoResume:
             )
 
     def _of_this_run(self) -> Any:
-        """The newest checkpoint of this run, or None where its absence is no error."""
+        """The newest checkpoint of this run, if it is to be gone on with and there is one."""
         AppState().restore = self.resume_if_exists
-        if not self.resume_if_exists:
-            return None
+        return self._find_trainer_ckpt_path() if self.resume_if_exists else None
+
+    def _find_trainer_ckpt_path(self) -> Any:
+        """The newest checkpoint of this run, or None where its absence is no error.
+
+        Subclasses that know other places override it, so it has its name of old.
+        """
         given = self.dirpath or self.resume_from_directory
         home = log_dir()
         if given:

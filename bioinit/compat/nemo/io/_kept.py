@@ -83,14 +83,15 @@ def kept(
         is_ours: nobody chose the place, so what was made of something else is made again.
         seconds: how long to wait for another process.
     """
-    if os.path.lexists(place) and not overwrite and not _is_empty(place) and not _is_made(place):
+    if place.exists() and not overwrite and not _is_empty(place) and not _is_made(place):
         _log.info("%s stands there, and was not made by bioinit: it is taken as it is.", place)
         return place
     source = _Source.of(str(connector), place)
     made_of = _rules(connector, kwargs) | {"source": str(connector), _CONTENT: source.digest}
     if overwrite:
-        # Without its note it is somebody's; the cache replaces it when the new one is whole.
-        (place / MADE_OF).unlink(missing_ok=True)
+        if _is_made(place):
+            # Without its note it is somebody's; the cache replaces it when the new one is whole.
+            (place / MADE_OF).unlink(missing_ok=True)
     elif _fits(place, made_of):
         return place
     elif _is_made(place) and not is_ours and not _is_broken(place):

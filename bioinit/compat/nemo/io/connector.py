@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from bioinit.compat.nemo._hub import local_folder
 from bioinit.compat.nemo.caches import cache_home, models_cache
+from bioinit.compat.nemo.ckpt_utils import NoName
 from bioinit.compat.nemo.io._kept import is_kept, kept
 from bioinit.compat.nemo.io._models import (
     Conversion,
@@ -144,9 +145,9 @@ class ModelConnector(Connector[SourceT, TargetT], Generic[SourceT, TargetT]):
 
     ``nemo_setup``, ``nemo_save`` and ``nemo_load`` keep their names and do their work without NeMo:
     no trainer, no strategy and no process group is made, and the model stays on the CPU in one
-    process. What ``nemo_save`` writes is a checkpoint that bioinit reads (``weights/`` with
-    safetensors under the model's own names, ``context/`` with ``io.json`` and ``model.yaml``); NeMo
-    reads the context, but not the weights, for which ``bioinit convert --to nemo2`` is there.
+    process. What ``nemo_save`` writes is a checkpoint that bioinit reads: ``weights/`` with
+    safetensors under the model's own names, and ``context/`` with ``io.json`` and ``model.yaml``.
+    NeMo itself does not read such weights.
     """
 
     def nemo_setup(
@@ -229,6 +230,11 @@ class ModelConnector(Connector[SourceT, TargetT], Generic[SourceT, TargetT]):
 
 def _below(base: Path, source: Path) -> Path:
     text = str(source)
+    if source.name in ("", ".."):
+        raise NoName(
+            f"the source {text!r} ends in no name, so there is none for what is made of it. Give "
+            "the path of its folder in full, or ORG/NAME."
+        )
     if text.startswith("/") or ".." in source.parts:
         return base / source.name
     return base / text.replace("://", "/")
