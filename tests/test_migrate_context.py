@@ -31,12 +31,9 @@ SMALL = {
     "token_dropout": True,
 }
 FIXTURES = {
-    "nemo2/esm2_tp1": "esm2/masked_lm",
     "nemo2/esm2_tp2": "esm2/masked_lm",
     "nemo2/llama_tp1": "llama/causal_lm",
     "nemo1/bert_torch_dist.nemo": "biobert/masked_lm",
-    "nemo1/bert_legacy_model_weights_ckpt.nemo": "biobert/masked_lm",
-    "hf/bert/bin": "bert/masked_lm",
     "hf/gpt_neox/safetensors": "gpt_neox/causal_lm",
     "hf/mixtral/sharded": "mixtral/causal_lm",
 }

@@ -105,8 +105,8 @@ def file(tmp_path):
 def started(file, tmp_path):
     """Migrates a run file; gives its text, its tree and the record."""
 
-    def start(text: str, *words: str, family: str | None = None):
-        made = migrate_recipe(file(text), family)
+    def start(text: str, *words: str):
+        made = migrate_recipe(file(text))
         mine = tmp_path / "mine.yaml"
         mine.write_text(made)
         return made, yaml.safe_load(made), bioinit.compose(str(mine), words)
@@ -292,10 +292,10 @@ def test_checkpoints_of_bionemo_start(fixtures_dir, started):
         ("bionemo_model_config: {initial_ckpt_path: /nowhere/at/all}", "biobert", "base class"),
     ],
 )
-def test_the_family_is_concluded_and_the_conclusion_is_said(started, text, family, why):
-    made, tree, _ = started(text)
-    assert tree["defaults"][0] == f"/recipe/{family}/masked_lm" and why in made
-    assert started(text, family="esm2")[1]["defaults"][0] == "/recipe/esm2/masked_lm"
+def test_the_family_is_concluded_and_the_conclusion_is_said(file, text, family, why):
+    made = migrate_recipe(file(text))
+    assert f"- /recipe/{family}/masked_lm\n" in made and why in made
+    assert "- /recipe/esm2/masked_lm\n" in migrate_recipe(file(text), "esm2")
 
 
 def test_what_bionemo_assumes_is_written_where_nothing_is_loaded(started):
@@ -306,18 +306,17 @@ def test_what_bionemo_assumes_is_written_where_nothing_is_loaded(started):
 
 
 @pytest.mark.parametrize(("word", "dtype"), PRECISIONS.items())
-def test_each_precision_is_a_dtype(started, word, dtype):
-    text = f"bionemo_model_config: {{params_dtype: {word}}}"
-    assert started(text)[1]["placement"]["dtype"] == dtype
+def test_each_precision_is_a_dtype(file, word, dtype):
+    made = migrate_recipe(file(f"bionemo_model_config: {{params_dtype: {word}}}"))
+    assert yaml.safe_load(made)["placement"]["dtype"] == dtype
 
 
-def test_tensor_parallelism_is_ready_to_be_put_in_force(started):
+def test_tensor_parallelism_is_ready_to_be_put_in_force(file):
     text = (
         "bionemo_model_config: {}\nparallel_config: {num_devices: 4, tensor_model_parallel_size: 2}"
     )
-    assert "# strategy: fsdp2+tp" in started(text)[0]
-    text = text.replace("tensor", "pipeline")
-    assert "# strategy: megatron" in started(text)[0]
+    assert "# strategy: fsdp2+tp" in migrate_recipe(file(text))
+    assert "# strategy: megatron" in migrate_recipe(file(text.replace("tensor", "pipeline")))
 
 
 @pytest.mark.parametrize(
@@ -341,6 +340,12 @@ def test_tensor_parallelism_is_ready_to_be_put_in_force(started):
         ),
         ("bionemo_model_config: {initial_ckpt_skip_keys_with_these_prefixes: ['']}", "empty"),
         ("bionemo_model_config: {params_dtype: bf61}", "no precision"),
+        ("bionemo_model_config: {encoder_frozen: yes please}", "neither true nor false"),
+        (
+            "bionemo_model_config: {cnn_num_classes: many, initial_ckpt_skip_keys_with_these_"
+            "prefixes: [classification_head]}",
+            "num_labels",
+        ),
         ("bionemo_model_config: {gated_linear_unit: true, token_dropout: true}", "no gate"),
         ("bionemo_model_config: {activation_func: relu, token_dropout: true}", "gelu"),
         ("bionemo_model_config: !!python/object:os.system {}", "asks for an object"),

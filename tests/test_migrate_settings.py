@@ -201,6 +201,7 @@ def test_names_that_never_were_or_are_gone(migrated):
         ("dist_ckpt_torch_dist_multiproc: 0", "from 1 on"),
         ("dist_ckpt_torch_dist_multiproc: true", "from 1 on"),
         ("dist_ckpt_load_strictness: raise", "raise_unexpected"),
+        ("dist_ckpt_load_strictness: [raise_all]", "raise_unexpected"),
         ("dist_ckpt_format: [zarr]", "would have to be one of"),
         ("dist_ckpt_format: zarr\nmodel: {dist_ckpt_format: torch_dist}", "both mean"),
         ("dist_ckpt_format: zarr\ndist_ckpt_format: zarr", "stands twice"),

@@ -160,7 +160,8 @@ class _Recipe:
         """The model's own fields, each beside the key that it had."""
         run, page = self.run, self.page
         if self.config is not None:
-            make_record(self.config, self.fields, {}, at="model")  # a wrong type is said now
+            # A wrong type is said now, and not when the recipe is run.
+            make_record(self.config, {**self.fields, **self._head()}, {}, at="model")
         named = {field.note: field.name for field in self.account.values()}
         for ours, value in self.fields.items():
             theirs = named.get(ours, ours)
@@ -196,7 +197,13 @@ class _Recipe:
         if run.checkpoint is not None:
             why = "what the checkpoint says wins, as in BioNeMo; the plan shows what lost"
             entries.append(("on_conflict", "checkpoint", why))
-        if run.model.get("encoder_frozen") is True:
+        is_frozen = run.model.get("encoder_frozen", False)
+        if not isinstance(is_frozen, bool):
+            raise ConfigError(
+                f"{run.where}: {MODEL}.encoder_frozen is {shown(is_frozen)!r}, neither true nor "
+                "false. Correct it."
+            )
+        if is_frozen:
             entries.append(("frozen", [f"{KINDS[self.family].body}.**"], "encoder_frozen"))
         self._write_section("init", entries)
 

@@ -52,7 +52,7 @@ def _format(value: Any) -> str | None:
 
 
 def _strictness(value: Any) -> str | None:
-    known = value is None or value in _STRICTNESS
+    known = value is None or (isinstance(value, str) and value in _STRICTNESS)
     return None if known else f"null or one of {', '.join(_STRICTNESS)}"
 
 
