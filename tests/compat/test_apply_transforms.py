@@ -1,5 +1,6 @@
 """A whole conversion. Values in the tables are those of NeMo 8cfedd720, which was run for them."""
 
+import logging
 import sys
 import types
 
@@ -141,6 +142,20 @@ def test_a_new_state_dict_of_a_function_is_the_one_that_counts():
         return type(ctx)(ctx.source, ctx.source_state, ctx.target, state)
 
     assert apply_transforms(Source(), Target(), FULL, [replaced]).buf.tolist() == [7.0] * 3
+
+
+def test_what_no_line_used_of_the_source_is_named(caplog):
+    source, target = Source(), Target()
+    source.again = source.a  # another name of what is used
+    mapping = {key: to for key, to in FULL.items() if key != "b"}
+    with caplog.at_level(logging.WARNING, logger="bioinit"):
+        apply_transforms(source, target, mapping)
+        assert caplog.messages == ["1 tensors of the source were not used: b"]
+        caplog.clear()
+        apply_transforms(source, target, FULL)
+        apply_transforms(source, target, mapping, [lambda ctx: list(ctx.source_state.items())])
+        apply_transforms(source, target, mapping, [lambda ctx: ctx.source_state.get("b")])
+        assert not caplog.messages
 
 
 def test_values_of_the_target_itself_may_change_places():

@@ -11,6 +11,7 @@ from torch import nn
 
 from bioinit.compat.nemo.io.state.context import TransformCTX
 from bioinit.compat.nemo.io.state.transform import StateDictTransform
+from bioinit.compat.nemo.io.state.watched import Read, Written
 from bioinit.errors import ConfigError, PlanError, Problem
 from bioinit.keys import suggestion
 from bioinit.load.parameters import fill
@@ -62,7 +63,8 @@ def apply_transforms(
     over an earlier one. All is checked before the first parameter changes. What has memory is
     filled where it lies, what is on meta gets memory of its own; parameters keep their ties,
     attributes and ``requires_grad``, buffers stay buffers, and nothing shares memory with the
-    source. The original replaces parameters by new ones and loses all these.
+    source. The original replaces parameters by new ones and loses all these. Tensors of the source
+    that no line used are named in a warning of the log.
 
     Args:
         source: a module, or what else has ``state_dict()``. Of a wrapper around a module of
@@ -71,9 +73,9 @@ def apply_transforms(
         mapping: patterns of the source by those of the target, as in :class:`StateDictTransform`.
         transforms: :class:`StateDictTransform`, or any function that takes the context and writes
             into its ``target_state``.
-        state_dict_ignored_entries: names that need no value, and whose values are not wanted where
-            another name of the same parameter has one. The original leaves every parameter
-            without a value as it was, silently; here it must be named.
+        state_dict_ignored_entries: names of the target that need no value, and whose values are
+            not wanted where another name of the same parameter has one. The original leaves every
+            parameter without a value as it was, silently; here it must be named.
         cast_dtype: what everything floating is cast to. Without it a parameter takes values of its
             own dtype only.
 
@@ -86,8 +88,9 @@ def apply_transforms(
     """
     giver, taker = _inner(source), _inner(target)
     _check_whole(taker)
-    state = _Written(taker.state_dict())
-    ctx = TransformCTX(giver, giver.state_dict(), taker, state)
+    state = Written(taker.state_dict())
+    given = Read(giver.state_dict())
+    ctx = TransformCTX(giver, given, taker, state)
     for taken, made in mapping.items():
         StateDictTransform(taken, made)(ctx)
     for transform in transforms or ():
@@ -96,6 +99,7 @@ def apply_transforms(
     ignored = frozenset(state_dict_ignored_entries or ())
     decided = _Decision(taker, state, ctx.target_state, ignored, cast_dtype)
     decided.raise_for_problems()
+    given.warn_of_rest()
     values = decided.values
     state.clear()
     fill(taker, values, cast_dtype)
@@ -123,40 +127,13 @@ def _check_whole(target: nn.Module) -> None:
         )
 
 
-class _Written(dict[str, Any]):
-    """The target's state dict; knows what was written into it, in place or as an item."""
-
-    def __init__(self, state: Mapping[str, Any]) -> None:
-        super().__init__(state)
-        self._before = {key: (value, _version(value)) for key, value in state.items()}
-        self._set: set[str] = set()
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._set.add(key)
-        super().__setitem__(key, value)
-
-    def has(self, key: str, now: MutableMapping[str, Any]) -> bool:
-        """Whether ``key`` has got a value; ``now`` is the state dict that came out."""
-        if key not in now:
-            return False
-        before, version = self._before.get(key, (None, 0))
-        return key in self._set or now[key] is not before or _version(before) != version
-
-
-def _version(value: Any) -> int:
-    """Counts the writes into a tensor."""
-    if not isinstance(value, torch.Tensor) or value.is_inference():
-        return 0
-    return value._version
-
-
 class _Decision:
     """Which parameter gets which value, and what speaks against it."""
 
     def __init__(
         self,
         target: nn.Module,
-        written: _Written,
+        written: Written,
         state: MutableMapping[str, Any],
         ignored: frozenset[str],
         cast: torch.dtype | None,
