@@ -282,6 +282,8 @@ class _Recipe:
     def _write_others(self) -> None:
         """The other sections, key by key: what a recipe says nothing of."""
         page = self.page
+        if not (self.run.others or any(self.run.sections[name] for name in bionemo.SECTIONS)):
+            return
         page.gap()
         page.remark("What else the file says. A recipe starts a model and trains none:")
         for name, (why, _) in bionemo.SECTIONS.items():
