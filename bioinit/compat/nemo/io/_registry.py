@@ -158,7 +158,10 @@ class ConnectorMixin:
                 f"{word!r})."
             )
         if source:
-            return connector(source, **kwargs)
+            made = connector(source, **kwargs)
+            if "://" in source:
+                made.address = source
+            return made
         if not connector.default_path:
             raise NoConnector(
                 f"No default path specified for extension '{word}'. Please provide a path: "

@@ -61,11 +61,13 @@ class Connector(PosixPath, Generic[SourceT, TargetT]):
 
     Attributes:
         default_path: the source that is meant where none is given.
+        address: the source where it is no path but an address, of which a path would lose a slash.
         LOCK_TIMEOUT: how many seconds to wait for another process that makes the same; the first
             one has the lock as long as it lives.
     """
 
     default_path: ClassVar[Any] = None
+    address: str | None = None
     LOCK_TIMEOUT: ClassVar[float] = 1200
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -78,6 +80,9 @@ class Connector(PosixPath, Generic[SourceT, TargetT]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def __str__(self) -> str:
+        return self.address or super().__str__()
 
     def with_segments(self, *pathsegments: Any) -> PosixPath:
         """Paths made from this one are plain: only the source itself is a connector."""
