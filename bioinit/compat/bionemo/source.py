@@ -34,6 +34,7 @@ _CONTEXT, _IO = "context", "io.json"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_<]\w*>?)+")
 _TEXT = re.compile(r"\bstr\b|\bLiteral\b")
 _TARGET = "_target_"
+_FIDDLE = "Fiddle context:"
 _UNCLEAR = object()
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -69,11 +70,10 @@ class Source:
         except BioinitError:
             raise
         except Exception as error:
-            listed = ", ".join(f"{name}={value!r:.80}" for name, value in kept.items())
             raise ConfigError(
-                f"the settings in {self.where} make no {fdl.get_callable(record).__name__}"
-                f"{f' with what override_parent_fields keeps ({listed})' if listed else ''}: "
-                f"{error}. Correct the fields that it names, or take them off or onto that list."
+                f"the settings in {self.where}, with what override_parent_fields keeps, make no "
+                f"{fdl.get_callable(record).__name__}: {str(error).partition(_FIDDLE)[0].strip()}. "
+                "Correct the fields that it names, or take them off or onto that list."
             ) from error
         return {name: getattr(made, name) for name in self.names}
 
@@ -173,9 +173,9 @@ def _from_plain_data(context: Context, config: Any, kept: Collection[str]) -> So
             unclear.append(f"{name} ({value!r:.80})")
     if unclear:
         raise ConfigError(
-            f"{context.where} states what this program does not know: {', '.join(unclear)}. Nothing "
-            "is imported because a file says so. Import the classes and call io.track_io on them, "
-            "or set these fields yourself and add them to override_parent_fields."
+            f"{context.where} states what this program does not know: {', '.join(unclear)}. "
+            "Nothing is imported because a file says so. Import the classes and call io.track_io "
+            "on them, or set these fields yourself and add them to override_parent_fields."
         )
     known = {*names, *(name for name in mine if name in context.data)}
     if not known:
@@ -185,8 +185,8 @@ def _from_plain_data(context: Context, config: Any, kept: Collection[str]) -> So
             "whose config has fields of these names."
         )
     computed = {name for name, field in mine.items() if not field.init}
-    hparams = dict(_arguments(record, set(names) - computed))
-    return Source(context.where, record, frozenset(names), hparams)
+    hparams = dict(_arguments(record, names))
+    return Source(context.where, record, frozenset({*names, *computed}), hparams)
 
 
 def _hint(field: dataclasses.Field[Any]) -> str:

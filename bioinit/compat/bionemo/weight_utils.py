@@ -10,11 +10,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bioinit.errors import ConfigError
+import torch.distributed as dist
+from torch import nn
+
+from bioinit.compat.bionemo import sharded
+from bioinit.contexts import Checkpoint
+from bioinit.errors import ConfigError, PlanError
+from bioinit.families import open_checkpoint
 from bioinit.initialize import load_weights
+from bioinit.keys import SkipPrefix
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,7 @@ _FUSED = (
     ("pre_mlp_layernorm.bias", "mlp.linear_fc1.layer_norm_bias"),
 )
 _BODY = "language_model."
+_THEIRS, _OURS = "skip_prefixes", "skip_keys_with_these_prefixes"
 
 
 def nemo1_to_nemo2_biobert_key_mapping(
@@ -98,8 +107,21 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
         BioinitError: the checkpoint cannot be read.
     """
     prefixes = _prefixes(skip_keys_with_these_prefixes, "skip_keys_with_these_prefixes")
-    report = load_weights(model, distributed_checkpoint_dir, skip_prefixes=prefixes)
-    logger.info("loaded %s: %s", distributed_checkpoint_dir, report)
+    path = Path(distributed_checkpoint_dir)
+    root = model if isinstance(model, nn.Module) else nn.ModuleList(model)
+    with open_checkpoint(path) as checkpoint:
+        asked = [each for each in map(SkipPrefix, prefixes) if not _is_idle(each, root, checkpoint)]
+        names = sharded.names_of(root, checkpoint, asked)
+    texts = [each.text for each in asked]
+    try:
+        report = load_weights(root, path, skip_prefixes=texts, mapping=names)
+    except PlanError as error:
+        message = str(error).replace(_THEIRS, _OURS)
+        problems = [
+            replace(each, cure=each.cure.replace(_THEIRS, _OURS)) for each in error.problems
+        ]
+        raise PlanError(f"{path}: {message}", problems) from error
+    logger.info("loaded %s: %s", path, report)
 
 
 def update_model_from_checkpoint(config: Any, model: Any, initial_ckpt_path: str | Path) -> None:
@@ -113,6 +135,18 @@ def update_model_from_checkpoint(config: Any, model: Any, initial_ckpt_path: str
     given = config.initial_ckpt_skip_keys_with_these_prefixes
     prefixes = _prefixes(given, "initial_ckpt_skip_keys_with_these_prefixes")
     load_weights_sharded_inplace_nemo2_to_mcore(model, initial_ckpt_path, prefixes)
+
+
+def _is_idle(prefix: SkipPrefix, model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Whether only the checkpoint has what is to be skipped, which is left alone anyway.
+
+    Processes that share a model know only their parts of it, so there nothing is.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return False
+    keys = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    stored = (name.removeprefix(front) for name in checkpoint.tensors for front in sharded.FRONTS)
+    return not any(map(prefix.matches, keys)) and any(map(prefix.matches, stored))
 
 
 def _prefixes(given: Any, name: str) -> tuple[str, ...]:
