@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import fiddle as fdl
 
-from bioinit.compat._saved import Artifact, defaults, dump, is_known, register
+from bioinit.compat._saved import Artifact, dump, is_known, register
 from bioinit.errors import ConfigError
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "IOProtocol",
     "ReInitProtocol",
     "as_record",
-    "default_of",
     "is_known",
     "make_known",
     "make_record",
@@ -295,12 +294,3 @@ def _hides_signature(cls: type) -> bool:
         if base is IOMixin:
             return True
     return False
-
-
-def default_of(cls: type, name: str) -> Any:
-    """The default of an argument of ``cls``; of a ``default_factory`` a fresh one.
-
-    Raises:
-        KeyError: it has none.
-    """
-    return defaults(cls)[name]

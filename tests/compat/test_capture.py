@@ -1,6 +1,5 @@
 """What IOMixin and track_io keep. The values in the tables are those of nemo-toolkit 2.2.1."""
 
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -14,9 +13,8 @@ import pytest
 import torch
 
 from bioinit.compat import nemo
-from bioinit.compat._capture import ReInitProtocol, default_of
 from bioinit.compat.nemo import io
-from bioinit.compat.nemo.io.capture import IOProtocol
+from bioinit.compat.nemo.io.capture import IOProtocol, ReInitProtocol
 from bioinit.compat.nemo.io.mixin import IOMixin
 from bioinit.errors import ConfigError
 
@@ -92,6 +90,9 @@ class Foreign:
         self.b = b
 
 
+io.track_io(Foreign)
+
+
 class ForeignChild(Foreign):
     def __init__(self, z):
         super().__init__(z * 2)
@@ -110,11 +111,12 @@ class Mixed(io.IOMixin, OldStyle):
     pass
 
 
-class Empty(io.IOMixin):
+class MixedWithTracked(io.IOMixin, Foreign):
     pass
 
 
-io.track_io(Foreign)
+class Empty(io.IOMixin):
+    pass
 
 
 def kept(value):
@@ -132,6 +134,11 @@ TABLE = {
     "tracked": (lambda: Foreign(1), Foreign, {"a": 1}),
     "tracked, inherited constructor": (lambda: ForeignHeir(1), ForeignHeir, {"a": 1}),
     "constructor of a later base": (lambda: Mixed(1, b=4), Mixed, {"a": 1, "b": 4}),
+    "constructor of a later base, tracked": (
+        lambda: MixedWithTracked(1, b=4),
+        MixedWithTracked,
+        {"a": 1, "b": 4},
+    ),
     "no constructor": (lambda: Empty(), Empty, {}),
     "module of torch": (lambda: Module(3), Module, {"width": 3}),
 }
@@ -234,9 +241,10 @@ def test_a_child_and_its_parent_share_one_record():
 
 
 def test_a_dataclass_is_kept_as_a_record_all_through():
-    record = Holder(Plain(4, [Plain(5)])).__io__.p
+    record = Holder(Plain(4, [Plain(5), {"k": (Plain(6),)}])).__io__.p
+    inner = [fdl.Config(Plain, u=5, v=[]), {"k": (fdl.Config(Plain, u=6, v=[]),)}]
     assert fdl.get_callable(record) is Plain
-    assert dict(record.__arguments__) == {"u": 4, "v": [fdl.Config(Plain, u=5, v=[])]}
+    assert dict(record.__arguments__) == {"u": 4, "v": inner}
 
 
 def test_objects_in_lists_and_mappings_stay_what_they_are():
@@ -365,15 +373,6 @@ def test_plain_types_are_not_tracked(kind):
 def test_only_classes_and_modules_are_tracked(target):
     with pytest.raises(TypeError, match="Target must be a module or a class"):
         io.track_io(target)
-
-
-def test_defaults_are_known_of_factories_too():
-    assert default_of(Settings, "x") == 1
-    assert default_of(Settings, "names") == ["n"]
-    assert default_of(Settings, "names") is not default_of(Settings, "names")
-    with pytest.raises(KeyError):
-        default_of(Point, "a")
-    assert {f.name for f in dataclasses.fields(Settings)} == {"x", "names"}
 
 
 def test_the_names_are_where_people_import_them_from():

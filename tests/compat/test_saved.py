@@ -357,6 +357,8 @@ def test_folders_and_paths_go_along(tmp_path):
     assert loaded.folder == str(tmp_path / "out/dir")
     assert Path(loaded.path).read_text() == "file"
     assert loaded.either == "org/name"
+    either = again(Files(either=str(tmp_path / "dir")), tmp_path / "third").either
+    assert Path(either, "deep/f.txt").read_text() == "deep"
     assert again(Files(), tmp_path / "none").either is None
 
 
@@ -483,6 +485,54 @@ def test_a_damaged_file_is_an_error_of_ours(text, tmp_path):
             io.load(tmp_path, subpath=subpath)
 
 
+def at_p(tmp_path, node):
+    """The file of a pair that has ``node`` as its ``p``."""
+    Pair(1).io_dump(tmp_path)
+    document = json.loads((tmp_path / "io.json").read_text())
+    document["objects"]["pair_1"]["items"][0][1] = node
+    (tmp_path / "io.json").write_text(json.dumps(document))
+
+
+def pyref(kind):
+    module, _, name = kind.rpartition(".")
+    return {"type": "pyref", "module": module, "name": name}
+
+
+@pytest.mark.parametrize(
+    "items, kind, error, what",
+    [
+        ([["x", []]], "builtins.set", CorruptCheckpoint, "a list stands where a value should"),
+        (
+            [["SetElement()", {"type": pyref("builtins.list"), "items": [], "metadata": None}]],
+            "builtins.set",
+            CorruptCheckpoint,
+            "a set holds what cannot be in one",
+        ),
+        ([], "collections.OrderedDict", UnknownClass, r"collections\.OrderedDict"),
+        ([["Attr(name='a')", 1]], f"{__name__}.Pair", UnknownClass, r"\.Pair"),
+    ],
+)
+def test_objects_of_no_use_are_errors_of_ours(items, kind, error, what, tmp_path):
+    at_p(tmp_path, {"type": pyref(kind), "items": items, "metadata": None})
+    with pytest.raises(error, match=what):
+        io.load(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["Index(index=7)", "Index(index=-1)", "Somewhere()"])
+def test_an_argument_at_no_place_is_damage(place, tmp_path):
+    Pair(1).io_dump(tmp_path)
+    file = tmp_path / "io.json"
+    file.write_text(file.read_text().replace("Attr(name='p')", place))
+    with pytest.raises(CorruptCheckpoint, match="is no place of an argument"):
+        io.load(tmp_path)
+
+
+def test_a_file_beyond_all_measure_is_not_read(tmp_path):
+    (tmp_path / "io.json").write_bytes(b" " * (5 << 20))
+    with pytest.raises(CorruptCheckpoint, match="has 5242880 bytes"):
+        io.load(tmp_path)
+
+
 HOSTILE = {
     "a function of the system": ("os", "system"),
     "a builtin": ("builtins", "eval"),
@@ -496,14 +546,14 @@ HOSTILE = {
 def test_nothing_is_called_or_imported_because_a_file_names_it(module, name, tmp_path):
     Pair(Settings(3)).io_dump(tmp_path)
     whole = json.loads((tmp_path / "io.json").read_text())
-    pyref = {"type": "pyref", "module": module, "name": name}
+    named = pyref(f"{module}.{name}")
     for place in ("value", "callable"):
         document = json.loads(json.dumps(whole))
         if place == "value":
-            document["objects"]["settings_1"]["items"][0][1] = pyref
+            document["objects"]["settings_1"]["items"][0][1] = named
         else:
-            text = json.dumps({"type": "pyref", "module": __name__, "name": "Settings"})
-            document = json.loads(json.dumps(document).replace(text, json.dumps(pyref)))
+            text = json.dumps(pyref(f"{__name__}.Settings"))
+            document = json.loads(json.dumps(document).replace(text, json.dumps(named)))
         (tmp_path / "io.json").write_text(json.dumps(document))
         with pytest.raises(UnknownClass, match="does not know"):
             io.load(tmp_path)
@@ -513,20 +563,15 @@ def test_nothing_is_called_or_imported_because_a_file_names_it(module, name, tmp
 def test_a_plain_type_may_be_named_and_is_not_called(tmp_path):
     assert again(Pair(int), tmp_path).p is int
     file = tmp_path / "io.json"
-    kind = json.dumps({"type": "pyref", "module": __name__, "name": "Pair"})
-    builtin = json.dumps({"type": "pyref", "module": "builtins", "name": "int"})
-    file.write_text(file.read_text().replace(kind, builtin))
+    pair, builtin = json.dumps(pyref(f"{__name__}.Pair")), json.dumps(pyref("builtins.int"))
+    file.write_text(file.read_text().replace(pair, builtin))
     with pytest.raises(UnknownClass, match=r"builtins\.int"):
         io.load(tmp_path)
 
 
 def test_what_was_pickled_is_refused(tmp_path):
-    Pair(1).io_dump(tmp_path)
-    document = json.loads((tmp_path / "io.json").read_text())
-    kind = {"type": "pyref", "module": __name__, "name": "Settings"}
-    pickled = {"type": kind, "items": [["IdentityElement()", "some-file"]], "metadata": None}
-    document["objects"]["pair_1"]["items"][0][1] = pickled
-    (tmp_path / "io.json").write_text(json.dumps(document))
+    items = [["IdentityElement()", "some-file"]]
+    at_p(tmp_path, {"type": pyref(f"{__name__}.Settings"), "items": items, "metadata": None})
     with pytest.raises(RefusedCheckpoint, match="pickled into the file 'some-file'"):
         io.load(tmp_path)
 
@@ -534,9 +579,8 @@ def test_what_was_pickled_is_refused(tmp_path):
 def test_a_class_that_has_moved_takes_its_old_name(tmp_path):
     Pair(Settings(3)).io_dump(tmp_path)
     file = tmp_path / "io.json"
-    kind = {"type": "pyref", "module": __name__, "name": "Settings"}
-    old = {"type": "pyref", "module": "an.old.place", "name": "OldSettings"}
-    file.write_text(file.read_text().replace(json.dumps(kind), json.dumps(old)))
+    now, old = pyref(f"{__name__}.Settings"), pyref("an.old.place.OldSettings")
+    file.write_text(file.read_text().replace(json.dumps(now), json.dumps(old)))
     with pytest.raises(UnknownClass, match=r"an\.old\.place\.OldSettings"):
         io.load(tmp_path)
     assert not io.is_known("an.old.place.OldSettings")
