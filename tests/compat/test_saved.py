@@ -335,6 +335,18 @@ def test_files_go_along_and_are_found_where_they_lie_now(tmp_path):
     assert io.load(tmp_path / "moved", build=False).p.vocab_file == loaded.vocab_file
 
 
+def test_a_file_that_was_lost_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    for name in ("vocab.txt", "plain"):
+        (tmp_path / name).write_text("x")
+    Pair(Tokenizer(tmp_path / "vocab.txt", "text")).io_dump(tmp_path / "out")
+    (tmp_path / "out/vocab.txt").unlink()
+    (tmp_path / "out/text").write_text("a file of that name")
+    monkeypatch.chdir(tmp_path)
+    loaded = io.load(tmp_path / "out").p
+    assert loaded.vocab_file == str(tmp_path / "out/vocab.txt")
+    assert (loaded.name, type(loaded.name)) == ("text", str)
+
+
 def test_files_of_one_name_do_not_replace_each_other(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()

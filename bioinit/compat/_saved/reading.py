@@ -16,7 +16,7 @@ from typing import Any, TypeVar, overload
 
 import fiddle as fdl
 
-from bioinit.compat._saved.artifact import Artifact, artifacts_of
+from bioinit.compat._saved.artifact import Artifact, DirArtifact, artifacts_of
 from bioinit.compat._saved.names import ABSENT, find, may_be_called
 from bioinit.compat._saved.writing import IO_FILE
 from bioinit.contexts._artifacts import inside
@@ -234,6 +234,10 @@ def _within(node: Any) -> dict[str, Any]:
     return found
 
 
+class _Text(str):
+    """An argument that could be a file's path and is none."""
+
+
 class _Records(Reader):
     """Reads records of known classes; names that are not known are gathered."""
 
@@ -293,7 +297,8 @@ class _Records(Reader):
                 self._corrupt(at, f"{place:.80} is no place of an argument")
             arguments[int(match[3]) if is_index else match[1] or match[2] or ""] = value
         if isinstance(target, type) and issubclass(target, Artifact):
-            return arguments.get("attr")  # it stands for the text itself
+            text = arguments.get("attr")  # it stands for a text that names no file
+            return _Text(text) if isinstance(text, str) else text
         return _made(_KINDS.get(kind.rpartition(".")[2], fdl.Config)(target), arguments)
 
 
@@ -322,10 +327,12 @@ def _find_artifacts(value: Any, file: Path, seen: set[int]) -> None:
     arguments = value.__arguments__
     for artifact in artifacts_of(fdl.get_callable(value)):
         named = arguments.get(artifact.attr)
-        if artifact.skip or not isinstance(named, str | Path):
+        if artifact.skip or not isinstance(named, str | Path) or isinstance(named, _Text):
             continue
         kept = file.parent / inside(str(named), str(file), artifact.attr)
-        if kept.exists():
+        if kept.exists() or not isinstance(artifact, DirArtifact):  # which keeps other text as is
             arguments[artifact.attr] = str(kept)
-    for item in list(arguments.values()):
+    for name, item in list(arguments.items()):
+        if isinstance(item, _Text):
+            arguments[name] = str(item)
         _find_artifacts(item, file, seen)
