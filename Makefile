@@ -13,8 +13,10 @@ PINS := pyproject.toml constraints.txt
 demo: $(VENV)/demo.done
 	$(BIN)/python demo/run.py
 
+# How many processes the tests share; the tests of one file stay together, with what they set up.
+WORKERS ?= 2
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/test.done
 	$(BIN)/ruff check .

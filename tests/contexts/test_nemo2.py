@@ -124,7 +124,7 @@ def config_value(value: Any) -> Any:
         ),
         (slice(1, 2), {"_target_": "builtins.slice", "start": 1, "stop": 2, "step": None}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_value_that_fiddle_wrote_is_read_as_plain_data(value: Any, expected: Any) -> None:
     assert config_value(value) == expected
