@@ -315,3 +315,39 @@ def test_a_model_comes_in_through_transforms_is_resumed_from_and_goes_back(tmp_p
     back = io.export_ckpt(trainer.ckpt_path, "elsewhere", tmp_path / "back.pt")
     again = torch.load(back)
     assert set(again) == set(first) and all(torch.equal(again[key], first[key]) for key in first)
+
+
+class WithState(nn.Linear):
+    """As Megatron's layers: their state dict holds what is no tensor."""
+
+    def get_extra_state(self):
+        return None
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Tied(nn.Module, io.IOMixin):
+    def configure_model(self):
+        self.module = nn.Sequential(WithState(2, 2), WithState(2, 2))
+        self.module[1].weight = self.module[0].weight
+
+
+def test_what_is_no_tensor_is_not_saved_and_ties_stay(tmp_path):
+    connector, model = ModelConnector("x"), Tied()
+    connector.nemo_save(tmp_path / "o", connector.nemo_setup(model))
+    with bioinit.open_checkpoint(tmp_path / "o") as checkpoint:
+        assert len(checkpoint.tensors) == 3
+    again, _ = connector.nemo_load(tmp_path / "o")
+    assert torch.equal(again.module[1].weight, model.module[1].weight)
+    assert again.module[1].weight is again.module[0].weight
+
+
+def test_weights_of_a_wrapped_model_of_megatrons_are_loaded_into_that(tmp_path, monkeypatch):
+    connector, model = ModelConnector("x"), Tied()
+    connector.nemo_save(tmp_path / "o", connector.nemo_setup(model))
+    monkeypatch.setattr(bioinit.families, "is_megatron", lambda m: isinstance(m, nn.Sequential))
+    asked = []
+    monkeypatch.setattr(nemo.io._models, "load_weights", lambda m, path: asked.append(m))
+    again, _ = connector.nemo_load(tmp_path / "o")
+    assert asked == [again.module]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bioinit import families
 from bioinit.backends import module as plain_module
 from bioinit.compat._capture import IOMixin, IOProtocol
 from bioinit.compat._saved import load_context
@@ -58,7 +59,8 @@ def save(output: Path, trainer: Any, dump_io: bool) -> None:
     model = _conversion(trainer).lightning_module
     if model is None:
         raise ConfigError("nemo_save was given a trainer without a model: call nemo_setup(model).")
-    empty = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+    tensors = _Tensors(model)
+    empty = [key for key, tensor in tensors.state_dict().items() if tensor.is_meta]
     if empty:
         raise ConfigError(
             f"cannot save to {output}: {len(empty)} parameters have no values, they are on meta: "
@@ -73,7 +75,7 @@ def save(output: Path, trainer: Any, dump_io: bool) -> None:
     try:
         (output / WEIGHTS_PATH).mkdir(parents=True, exist_ok=True)
         marker.touch()
-        plain_module.save(model, output / WEIGHTS_PATH, _MAX_SHARD_BYTES)
+        plain_module.save(tensors, output / WEIGHTS_PATH, _MAX_SHARD_BYTES)
     except OSError as error:
         raise disk_error(error, f"write {output}") from error
     if dump_io:
@@ -97,7 +99,7 @@ def load(path: Path, trainer: Any, cpu: bool) -> tuple[Any, Conversion]:
             setattr(config, name, value)
     if not model.state_dict():
         _configure(model)
-    load_weights(model, path)
+    load_weights(_loaded_into(model), path)
     if not cpu:
         if not torch.cuda.is_available():
             raise ConfigError(f"cannot load {path} with cpu=False: there is no GPU. Use cpu=True.")
@@ -144,6 +146,18 @@ def tokenizer_assets(name: str, save_path: str | Path | None) -> str:
     return folder
 
 
+class _Tensors(nn.Module):
+    """A model as its tensors; a state dict of Megatron's holds other things too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._whole = (model,)  # not a submodule: its names are to stay as they are
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        whole: dict[str, Any] = self._whole[0].state_dict(*args, **kwargs)
+        return {key: value for key, value in whole.items() if isinstance(value, torch.Tensor)}
+
+
 def _conversion(trainer: Any) -> Conversion:
     if trainer is None:
         return Conversion()
@@ -153,6 +167,16 @@ def _conversion(trainer: Any) -> Conversion:
         f"a {type(trainer).__name__} was given as trainer, and no trainer is driven here. Leave it "
         "out, or pass what nemo_setup returned."
     )
+
+
+def _loaded_into(model: nn.Module) -> nn.Module:
+    """The part of ``model`` that has the weights: Megatron's model, if it only wraps one.
+
+    What Megatron wrote has names of its own, which only its models know.
+    """
+    children = list(model.children())
+    is_wrapper = len(children) == 1 and families.is_megatron(children[0])
+    return children[0] if is_wrapper else model
 
 
 def _configure(model: Any) -> None:
