@@ -136,6 +136,14 @@ def test_a_function_may_write_into_the_targets_state(names_itself):
     assert target.lin.weight.tolist() == [[0.0, 1.0], [2.0, 3.0], [0.0, 0.0]]
 
 
+def test_a_function_may_say_that_the_target_keeps_what_it_has():
+    keep = state_transform("a.weight", "lin.weight", lambda ctx, w: ctx.target_state["lin.weight"])
+    target = Target()
+    before = target.lin.weight.clone()
+    apply_transforms(Source(), target, {k: v for k, v in FULL.items() if k != "a.weight"}, [keep])
+    assert target.lin.weight.equal(before)
+
+
 def test_a_new_state_dict_of_a_function_is_the_one_that_counts():
     def replaced(ctx):
         state = {**ctx.target_state, "buf": torch.full((3,), 7.0)}

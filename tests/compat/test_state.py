@@ -252,6 +252,13 @@ WRONG = [  # and what the original made of it
         id="layer 61 by luck",
     ),
     pytest.param(
+        {"a.0.w": 0, "b.0.w": 1},
+        ["x.0.v", "y.0.v"],
+        ("**.w", "**.v"),
+        "'a.0.w', 'b.0.w'",
+        id="in the order of the alphabet",
+    ),
+    pytest.param(
         names("x.{}.{}.{}", (0, 1, 2)), ["y.0"], ("x.*.*.*", "y.*", max), "3 wildcards", id="deep"
     ),
 ]

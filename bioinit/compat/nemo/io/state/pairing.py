@@ -2,7 +2,7 @@
 
 A pattern's first wildcards are those of its partners, by position; what they caught must be the
 same on all sides. ``**`` may catch another way to the same place (``decoder.layers.3`` and
-``block.3``): there the numbers are compared, if nothing else varies. A further wildcard is
+``block.3``): there the numbers are compared, if they tell the names apart. A further wildcard is
 *spread*: what it caught goes to, or comes from, one call.
 """
 
@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from bioinit.errors import MappingError
-from bioinit.keys import Pattern, natural, numbers, suggestion, template
+from bioinit.keys import Pattern, natural, numbers, suggestion
 from bioinit.transforms.pairing import Captures, in_order, listed
 
 _CURE = (
@@ -178,14 +178,14 @@ def _views(sides: Sequence[_Side], shared: int) -> Iterable[tuple[_Side, tuple[b
 
 
 def _is_numbered(columns: Sequence[set[str]]) -> bool:
-    """Whether nothing but numbers varies, and they come in one order however they are sorted."""
+    """Whether numbers alone tell names apart, in one order however they are sorted."""
     orders = []
     for column in columns:
-        if len({template(text) for text in column}) > 1:
-            return False
         plain = all(text.isdecimal() for text in column)
-        ordered = sorted(column, key=int) if plain else sorted(column)
-        orders.append([numbers(text) for text in ordered])
+        order = [numbers(text) for text in (sorted(column, key=int) if plain else sorted(column))]
+        if len(set(order)) < len(order):
+            return False
+        orders.append(order)
     return all(order == orders[0] for order in orders)
 
 
