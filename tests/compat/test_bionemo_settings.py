@@ -199,11 +199,15 @@ def test_a_default_that_has_changed_since_is_that_of_the_day(tmp_path):
         in_force.read_text()
         .replace("dropout: 0.1", "dropout: 0.25")
         .replace("_target_: torch.float32", "_target_: torch.float16")
+        .replace("_name_: LOCAL", "_name_: FUSED")
+        .replace("- new", "- old")
     )
     mine = Mine()
     mine.load_settings_from_checkpoint(folder)
     assert (mine.width, mine.dropout, mine.get_hparam("dropout")) == (16, 0.25, 0.25)
-    assert mine.dtype is torch.float16
+    assert (mine.dtype, mine.spec, mine.tags) == (torch.float16, Spec.FUSED, ["old"])
+    # What was the default then is none that somebody passed, but it is kept from here on.
+    assert "dropout" in mine.get_hparams() and mine.window == (1, 1)
 
 
 def test_without_model_yaml_a_default_is_that_of_the_class_now(tmp_path):

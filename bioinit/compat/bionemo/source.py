@@ -36,7 +36,6 @@ _TEXT = re.compile(r"\bstr\b|\bLiteral\b")
 _TARGET = "_target_"
 _FIDDLE = "Fiddle context:"
 _UNCLEAR = object()
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class MissingSettings(StorageError, FileNotFoundError):
@@ -128,15 +127,19 @@ def _known_record(path: Path) -> Any:
 def _take_defaults_of_that_day(record: Any, context: Context, cls: Any) -> None:
     """Set what was not passed where the class has another default today."""
     today = defaults(cls)
+    hints = {field.name: _hint(field) for field in dataclasses.fields(cls)}
     for name, value in _unpassed(context):
-        if name not in record.__arguments__ and name in today and isinstance(value, _PLAIN):
-            default = today[name]
-            if isinstance(value, str) and not isinstance(default, str):
-                found = find(value)
-                value = value if found is ABSENT else found
-            is_known = isinstance(default, _PLAIN) or type(value) is type(default)
-            if is_known and not same(value, default):
-                setattr(record, name, value)
+        if name not in record.__arguments__ and name in today and name in hints:
+            then = _understood(value, today[name], hints[name])
+            if then is not _UNCLEAR and not _equal(then, today[name]):
+                setattr(record, name, then)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether they are the same, or numbers of equal value: YAML writes 1.0 and 1 alike."""
+    are_numbers = not isinstance(one, bool) and isinstance(one, int | float)
+    are_numbers = are_numbers and type(other) in (int, float)
+    return same(one, other) or (are_numbers and bool(one == other))
 
 
 def _unpassed(context: Context) -> Iterator[tuple[str, Any]]:
