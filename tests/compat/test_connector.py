@@ -262,6 +262,12 @@ def test_what_somebody_else_left_at_the_place_is_taken_as_it_is(tmp_path, source
     other = tmp_path / "nemo/models/org/theirs"
     (other / "weights").mkdir(parents=True)
     assert Model().import_ckpt("hf://org/theirs") == other and Importer.times == 1
+    (other.parent / "theirs-unfinished").touch()
+    assert not Importer("org/theirs").is_in_cache()
+    with pytest.raises(ValueError, match="was never finished"):
+        Model().import_ckpt("hf://org/theirs")
+    Model().import_ckpt("hf://org/theirs", overwrite=True)
+    assert Importer("org/theirs").is_in_cache() and Importer.times == 2
 
 
 class Failing(Importer):

@@ -116,6 +116,16 @@ def test_a_model_that_cannot_be_saved_whole_is_not_saved(tmp_path):
         connector.nemo_setup(nn.Module())
 
 
+def test_a_save_that_is_stopped_leaves_no_marker_in_the_cache(tmp_path, hf, monkeypatch):
+    monkeypatch.setattr(nemo.io._models.plain_module, "save", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Net.import_from(f"hf://{hf}")
+    assert not list((tmp_path / "nemo/models").iterdir())
+    with pytest.raises(ZeroDivisionError):
+        NetImporter("x").nemo_save(tmp_path / "mine", NetImporter("x").nemo_setup(Net()))
+    assert (tmp_path / "mine-unfinished").exists(), "what stands there is not whole"
+
+
 def test_a_trainer_of_somebody_elses_is_refused(tmp_path):
     connector = ModelConnector("x")
     with pytest.raises(ConfigError, match="no trainer is driven here"):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from bioinit import cache
 from bioinit.cache.content import Content
 from bioinit.cache.marker import lacks, read
+from bioinit.compat.nemo._found import UNFINISHED, Unfinished, is_unfinished
 from bioinit.compat.nemo._hub import in_cache
 from bioinit.errors import CheckpointError, StorageError
 from bioinit.storage import MADE_OF
@@ -84,6 +85,12 @@ def kept(
         seconds: how long to wait for another process.
     """
     if place.exists() and not overwrite and not _is_empty(place) and not _is_made(place):
+        if is_unfinished(place):
+            raise Unfinished(
+                f"{place} was never finished: its writer left {place.name}{UNFINISHED} beside it. "
+                "Make it again with overwrite=True, or, if you know that it is whole, remove that "
+                "marker."
+            )
         _log.info("%s stands there, and was not made by bioinit: it is taken as it is.", place)
         return place
     source = _Source.of(str(connector), place)
@@ -110,6 +117,9 @@ def kept(
             if error.errno in _OF_THE_DISK:
                 raise
             raise _Failed(error) from error
+        finally:
+            # nemo_save leaves it where it was stopped; with the folder it is gone too.
+            at.with_name(at.name + UNFINISHED).unlink(missing_ok=True)
         returned.append(_from(at, result))
         if not at.is_dir():
             raise _Elsewhere(_aside(at, place, result, connector))
@@ -134,12 +144,15 @@ def kept(
         # Another process made it meanwhile, and knew more or less of a source on the hub.
         if overwrite or not _fits(place, made_of):
             raise
+    if overwrite:  # of what stood there before
+        place.with_name(place.name + UNFINISHED).unlink(missing_ok=True)
     return place / returned[0] if returned else place
 
 
 def is_kept(place: Path) -> bool:
     """Whether something whole stands at ``place``, as far as can be known."""
-    return place.exists() and not _is_empty(place) and not _is_broken(place)
+    is_there = place.exists() and not _is_empty(place)
+    return is_there and not _is_broken(place) and not is_unfinished(place)
 
 
 def _is_made(place: Path) -> bool:
