@@ -360,13 +360,24 @@ def slowly(self, output_path):
 
 
 def test_a_wait_has_an_end(source):
-    slow = type("Slow", (Importer,), {"apply": slowly, "LOCK_TIMEOUT": 0.01})
-    thread = threading.Thread(target=slow(str(source)))
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(Importer):
+        def apply(self, output_path):
+            has_begun.set()
+            may_end.wait(60)
+            return super().apply(output_path)
+
+    thread = threading.Thread(target=Slow(str(source)))
     thread.start()
-    time.sleep(0.05)
+    has_begun.wait(60)
+    hasty = Slow(str(source))
+    hasty.LOCK_TIMEOUT = 0.01
     with pytest.raises(TimeoutError, match="another process is at it"):
-        slow(str(source))()
+        hasty()
+    may_end.set()
     thread.join()
+    assert hasty.is_in_cache()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
