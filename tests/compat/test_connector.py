@@ -6,7 +6,6 @@ The values of the tables are those of nemo-toolkit 2.2.1, on Python 3.11.
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -380,7 +379,7 @@ def test_a_wait_has_an_end(source):
     assert hasty.is_in_cache()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_killed_import_leaves_nothing_that_looks_finished(tmp_path, source):
     read, write = os.pipe()
     child = os.fork()
