@@ -1,6 +1,7 @@
 """Configs that remember what they were made from, and let it be changed (BioNeMo's mixin)."""
 
 import copy
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ def test_a_default_factory_answers_with_a_fresh_value():
 
 @pytest.mark.parametrize("name", ["q", "area", "__class__"])
 def test_an_unknown_hyper_parameter_is_a_key_error_that_says_what_there_is(name):
-    with pytest.raises(KeyError, match=r"not found in the hyper-parameters of Wider.*columns"):
+    with pytest.raises(KeyError, match=r"not found in hyper-parameters of Wider.*columns"):
         Wider(columns=2).get_hparam(name)
     with pytest.raises(ConfigError):
         Wider(columns=2).get_hparam(name)
@@ -213,3 +214,32 @@ def test_the_lists_are_those_of_bionemo_2_7():
     assert {"initial_ckpt_path", "model_cls", "bf16", "fp16", "valid_metric"} <= set(every)
     assert {"activation_func", "skip_logits", "params_dtype", "sequence_parallel"} <= set(biobert)
     assert isinstance(every + ["loss_cls"], list)  # noqa: RUF005
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("core.model.config", "BionemoModelConfig BionemoTrainableModelConfig"),
+        (
+            "llm.model.config",
+            "MegatronBioNeMoModelConfig MegatronBioNeMoTrainableModelConfig IOMixinProto "
+            "OVERRIDE_BIONEMO_CONFIG_DEFAULTS override_mutate_possibly_extra_mutated_fiddle",
+        ),
+        ("llm.model.biobert.model", "OVERRIDE_BIOBERT_CONFIG_DEFAULTS"),
+        ("llm.utils.iomixin_utils", "IOMixinWithGettersSetters WillHaveGetSetHparam"),
+        (
+            "llm.utils.weight_utils",
+            "load_weights_sharded_inplace_nemo2_to_mcore nemo1_to_nemo2_biobert_key_mapping",
+        ),
+    ],
+)
+def test_an_import_of_the_original_needs_our_name_in_front_and_no_more(module, names):
+    found = importlib.import_module(f"bioinit.compat.bionemo.{module}")
+    for name in names.split():
+        assert getattr(found, name) is getattr(bionemo, name)
+        assert name in found.__all__
+
+
+def test_the_modules_are_there_by_their_own_names_too():
+    assert bionemo.iomixin_utils.WillHaveGetSetHparam is WillHaveGetSetHparam
+    assert bionemo.weight_utils.__name__ == "bioinit.compat.bionemo.weight_utils"

@@ -2,7 +2,8 @@
 
 Stands in for ``bionemo.core.model.config``, ``bionemo.llm.model.config``,
 ``bionemo.llm.utils.iomixin_utils``, ``bionemo.llm.utils.weight_utils`` and the lists of
-``bionemo.llm.model.biobert.model``. Everything is here under its own name; the methods
+``bionemo.llm.model.biobert.model``, which are here too, so that an import need only get
+``bioinit.compat.`` in front. Everything is here under its own name as well; the methods
 ``load_settings_from_checkpoint`` and ``update_model_from_checkpoint`` are functions too, with the
 config first. A name is imported when it is asked for, megatron-core with the two classes that
 inherit from its ``TransformerConfig``, if it is installed.
@@ -14,11 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bioinit.compat.bionemo.abstract import BionemoModelConfig, BionemoTrainableModelConfig
     from bioinit.compat.bionemo.config import (
         MegatronBioNeMoModelConfig,
         MegatronBioNeMoTrainableModelConfig,
     )
-    from bioinit.compat.bionemo.core import BionemoModelConfig, BionemoTrainableModelConfig
     from bioinit.compat.bionemo.iomixin_utils import (
         IOMixinWithGettersSetters,
         WillHaveGetSetHparam,
@@ -56,7 +57,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "core": "BionemoModelConfig BionemoTrainableModelConfig LossType Model ModelOutput ModelType",
+    "abstract": "BionemoModelConfig BionemoTrainableModelConfig LossType Model ModelOutput "
+    "ModelType",
     "config": "MegatronBioNeMoModelConfig MegatronBioNeMoTrainableModelConfig",
     "iomixin_utils": "IOMixinWithGettersSetters WillHaveGetSetHparam",
     "overrides": "OVERRIDE_BIOBERT_CONFIG_DEFAULTS OVERRIDE_BIONEMO_CONFIG_DEFAULTS "
@@ -66,14 +68,15 @@ _HOMES = {
     "weight_utils": "load_weights_sharded_inplace_nemo2_to_mcore "
     "nemo1_to_nemo2_biobert_key_mapping update_model_from_checkpoint",
 }
-_HOME = {name: home for home, named in _HOMES.items() for name in named.split()}
+_HOME = {name: home for home, named in _HOMES.items() for name in (home, *named.split())}
 
 
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    value = importlib.import_module(f"{__name__}.{home}")
+    value = value if home == name else getattr(value, name)
     globals()[name] = value
     return value
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bioinit.compat.bionemo import settings, weight_utils
-from bioinit.compat.bionemo.core import BionemoModelConfig, BionemoTrainableModelConfig
+from bioinit.compat.bionemo.abstract import BionemoModelConfig, BionemoTrainableModelConfig
 from bioinit.compat.bionemo.iomixin_utils import WillHaveGetSetHparam
 from bioinit.compat.bionemo.overrides import OF_EVERY_MODEL
 

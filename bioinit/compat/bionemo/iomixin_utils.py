@@ -129,9 +129,8 @@ def hparam_of(config: Any, name: str) -> Any:
     if default is inspect.Parameter.empty:
         there = sorted(str(name) for name in record.__arguments__)
         raise UnknownHparam(
-            f"attribute {name!r} not found in the hyper-parameters of {type(config).__name__}. "
-            f"{suggestion(name, parameters(record))} Those that were set: "
-            f"{', '.join(there) or 'none'}."
+            f"Attribute {name!r} not found in hyper-parameters of {type(config).__name__}. "
+            f"{suggestion(name, parameters(record))} Options: {there}, and its other parameters."
         )
     return default
 

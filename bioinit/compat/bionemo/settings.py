@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import fiddle as fdl
 
-from bioinit.compat.bionemo.iomixin_utils import hparam_of, hparams_of
 from bioinit.compat.bionemo.overrides import OF_BIOBERT
 from bioinit.compat.bionemo.source import Source, open_source
 from bioinit.errors import ConfigError
@@ -88,7 +87,8 @@ def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) ->
     ``override_parent_fields`` that nobody knows is an error.
 
     Args:
-        config: a dataclass with ``get_hparam``, ``set_hparam`` and ``override_parent_fields``.
+        config: a dataclass that mixes in ``IOMixinWithGettersSetters``, with
+            ``override_parent_fields``.
         initial_ckpt_path: the checkpoint's folder, in which ``context/`` lies.
 
     Raises:
@@ -109,7 +109,7 @@ def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) ->
     _require_known(kept, mine, source)
     taken = [name for name in mine if name in source.names and name not in set(kept)]
     differing = {
-        name: hparam_of(config, name)
+        name: config.get_hparam(name)
         for name in mine
         if name in source.names and name in set(kept) and _says_something(name, config, source)
     }
@@ -160,14 +160,14 @@ def _says_something(name: str, config: Any, source: Source) -> bool:
         return False
     if name in _computed(config):
         return False
-    ours, theirs = hparam_of(config, name), source.hparams[name]
+    ours, theirs = config.get_hparam(name), source.hparams[name]
     if isinstance(ours, type) or isinstance(theirs, type):  # a class of model or of loss
         return False
     return not same(ours, theirs)
 
 
 def _warn_of_losers(config: Any, source: Source, taken: Sequence[str]) -> None:
-    given: Mapping[Any, Any] = hparams_of(config).__arguments__
+    given = config.get_hparams()
     for name in taken:
         if name in given and name in source.hparams and not same(given[name], source.hparams[name]):
             logger.warning(

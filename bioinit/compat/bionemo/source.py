@@ -101,9 +101,10 @@ def _context(path: Path) -> Context:
         return contexts.read_file(path)
     except (UnknownFormat, StorageError) as error:
         raise MissingSettings(
-            f"{path} holds no saved config, so there are no settings to take over ({error}). Give "
-            f"the folder of a checkpoint, in which {_CONTEXT}/{_IO} lies; to load weights alone, "
-            "call update_model_from_checkpoint."
+            f"No such file: '{path / _CONTEXT / _IO}', and {path} holds no saved config of another "
+            f"kind, so there are no settings to take over ({error}). Give the folder of a "
+            f"checkpoint, in which {_CONTEXT}/{_IO} lies; to load weights alone, call "
+            "update_model_from_checkpoint."
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""Stands in for ``bionemo.llm``, as far as starting from a checkpoint is concerned."""
