@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import threading
@@ -291,6 +292,23 @@ def test_what_the_conversion_refuses_is_said_and_nothing_is_kept(nemo: Path, hom
     with pytest.raises(ConfigError, match=r"init.convert=once.*rope_type.*bioinit convert SRC DST"):
         bioinit.initialize(record(nemo))
     assert cache.entries() == []
+
+
+def test_a_disk_that_is_full_is_said_with_a_cure_and_nothing_is_kept(nemo: Path, tmp_path: Path):
+    ask = asking(nemo)
+
+    def small() -> str:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        with pytest.raises(StorageError) as error:
+            ask()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return str(error.value)
+
+    assert ended(started(small, tmp_path / "said")) == 0
+    said = (tmp_path / "said").read_text()
+    assert "Raise the limit on file sizes" in said and "`bioinit cache prune` makes room" in said
+    assert cache.entries() == [] and ask().is_dir()
 
 
 # Many processes, kills

@@ -22,7 +22,7 @@ from bioinit.config import Run
 from bioinit.contexts import Checkpoint
 from bioinit.convert import Decided, Options, decide
 from bioinit.convert.proved import is_whole
-from bioinit.errors import ConfigError, CorruptCheckpoint, PlanError
+from bioinit.errors import ConfigError, CorruptCheckpoint, PlanError, StorageError
 from bioinit.families.protocol import Family
 from bioinit.ranks import World
 from bioinit.record import set_in, specs
@@ -38,6 +38,7 @@ _HF, _MEGATRON = "hf", "megatron"
 _WRITTEN = {_HF: _HF, _MEGATRON: "nemo2"}
 _NOT_MEGATRON = frozenset({_HF, "neox"})
 _ANY = "auto"
+_MANY_BYTES = 2 * 2**30
 
 
 class Opened(NamedTuple):
@@ -207,12 +208,26 @@ def _ask(decided: Decided, converts: bool, world: World, progress: Progress | No
         "family": decided.source.name,
     }
     lies = (source.path, *paths)
-    path = cache.keep_in_steps(None, made_of, make, about=told, apart=lies, waiting=world.check)
+    try:
+        path = cache.keep_in_steps(None, made_of, make, about=told, apart=lies, waiting=world.check)
+    except StorageError as error:
+        if str(cache.home()) not in str(error):
+            raise
+        raise StorageError(
+            f"{error} The cache lies at {cache.home()}: `bioinit cache prune` makes room in it, "
+            f"and {cache.HOME} names another place."
+        ) from error
     return _Kept(path, made_of)
 
 
 def _content(source: Checkpoint, paths: list[Path]) -> Content:
     """The content of the files from which ``source`` was opened, as they were then."""
+    if source.bytes > _MANY_BYTES and not cache.is_remembered(paths):
+        _log.warning(
+            "bioinit: reading %s (%s) to know its content; that is remembered",
+            source.path,
+            human_bytes(source.bytes),
+        )
     content = cache.content_of(paths)
     seen = {look.path: look.identity for look in content.files}
     for file in source.folder.asked:
