@@ -1,6 +1,8 @@
 """What every test may ask for."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,12 @@ REPOSITORY = Path(__file__).parents[1]
 def pytest_configure() -> None:
     # Many small models: one thread each is faster, and leaves the other core to the reader.
     torch.set_num_threads(1)
+    # What tests make is kept in a cache of theirs, not in that of whoever runs them.
+    os.environ["BIOINIT_HOME"] = tempfile.mkdtemp(prefix="bioinit-home-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["BIOINIT_HOME"], ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
