@@ -1,5 +1,6 @@
 """Models of megatron-core that start from what NeMo 2 wrote, by the names of BioNeMo."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from bioinit.compat.bionemo import (
     MegatronBioNeMoTrainableModelConfig,
     load_weights_sharded_inplace_nemo2_to_mcore,
 )
+from bioinit.compat.bionemo.transformer_config import StandIn
 from bioinit.compat.nemo import io
 from bioinit.errors import PlanError
 
@@ -289,3 +291,32 @@ def test_a_module_of_megatron_with_parts_of_torch_goes_on_with_a_head(tmp_path):
     assert (second.hidden_size, second.ffn_hidden_size, second.kv_channels) == (12, 48, 12)
     assert torch.equal(loaded.body.weight, model.body.weight)
     assert io.reinit(second).ffn_hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"num_moe_experts": 2, "params_dtype": torch.float16}, {"bf16": True}],
+    ids=str,
+)
+def test_the_stand_in_has_the_fields_and_defaults_of_the_original(more):
+    theirs = megatron.imported("megatron.core.transformer").TransformerConfig
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 3} | more
+    original, stand_in = theirs(**sizes), StandIn(**sizes)
+    fields = {field.name: field for field in dataclasses.fields(theirs)}
+    # What it draws first values with is megatron-core's own.
+    drawn = {"init_method", "output_layer_init_method"}
+    for field in dataclasses.fields(StandIn):
+        assert field.default == fields[field.name].default, field.name
+        if field.name not in drawn:
+            assert getattr(stand_in, field.name) == getattr(original, field.name), field.name
+    assert {field.name for field in dataclasses.fields(StandIn) if not field.init} == set()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"fp16": True, "bf16": True}, {"tensor_model_parallel_size": 2}], ids=str
+)
+def test_the_stand_in_refuses_what_the_original_refuses(fields):
+    theirs = megatron.imported("megatron.core.transformer").TransformerConfig
+    for kind in (theirs, StandIn):
+        with pytest.raises(ValueError):
+            kind(**{"num_layers": 1, "hidden_size": 9, "num_attention_heads": 3} | fields)

@@ -171,6 +171,43 @@ def test_a_new_head_that_nobody_skips_is_an_error_and_nothing_is_loaded(told):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+# --- settings that are changed before the model is made, as Geneformer's users do it ---
+
+
+def test_a_smaller_model_is_made_continued_and_given_a_head(told, tmp_path):
+    large = told.configs.Pretrain(
+        num_layers=6, hidden_size=64, num_attention_heads=4, params_dtype=torch.bfloat16
+    )
+    small = io.reinit(large)
+    for name, value in {"hidden_size": 16, "num_layers": 2, "hidden_dropout": 0.0}.items():
+        small.set_hparam(name, value)
+    small.set_hparam("activation_func", torch.nn.functional.relu)
+    assert (small.kv_channels, large.hidden_size) == (16, 64)
+    small = io.reinit(small)
+    assert (small.kv_channels, small.ffn_hidden_size, small.num_layers) == (4, 64, 2)
+
+    first, before, _ = run(small, tmp_path / "first")
+    again = told.configs.Pretrain(
+        initial_ckpt_path=str(first),
+        override_parent_fields=[*bionemo.OVERRIDE_BIOBERT_CONFIG_DEFAULTS, "loss_cls"],
+    )
+    second, after, _ = run(again, tmp_path / "second")
+    assert sum(after[:10]) < sum(before[-10:]) * 1.05 and sum(after[-10:]) < sum(after[:10])
+    assert (again.num_layers, again.kv_channels) == (2, 4)
+    # Both are on BioBERT's list: the dtype of parameters, and the activation.
+    assert again.params_dtype is torch.float32
+    assert again.activation_func is torch.nn.functional.gelu
+
+    tuned = told.configs.AddHead(
+        initial_ckpt_path=str(second), initial_ckpt_skip_keys_with_these_prefixes={"classifier"}
+    )
+    third, losses, _ = run(tuned, tmp_path / "third")
+    assert losses[-1] < losses[0] and tuned.num_layers == 2
+    saved = io.load_context(third / "context", subpath="model.config")
+    assert saved.initial_ckpt_skip_keys_with_these_prefixes == {"classifier"}
+    assert (saved.num_layers, saved.hidden_dropout) == (2, 0.0)
+
+
 # --- the same through recipes ---
 
 

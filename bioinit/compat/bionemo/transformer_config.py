@@ -142,6 +142,12 @@ class StandIn:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         if self.num_query_groups is None:
             self.num_query_groups = self.num_attention_heads
+        if self.expert_tensor_parallel_size is None:
+            self.expert_tensor_parallel_size = self.tensor_model_parallel_size
+        if self.autocast_dtype is None:
+            self.autocast_dtype = self.params_dtype
+        if self.num_moe_experts is not None and self.moe_ffn_hidden_size is None:
+            self.moe_ffn_hidden_size = self.ffn_hidden_size
         if self.apply_query_key_layer_scaling:
             self.attention_softmax_in_fp32 = True
 
