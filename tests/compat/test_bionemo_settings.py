@@ -166,6 +166,13 @@ def test_a_listed_field_keeps_its_value(saved):
     assert (mine.dropout, mine.width) == (0.3, 32)
 
 
+def test_where_a_run_starts_is_never_taken_over(saved):
+    mine = Mine(initial_ckpt_path="here", override_parent_fields=["dropout"])
+    mine.load_settings_from_checkpoint(saved(initial_ckpt_path="there", width=32))
+    assert (mine.initial_ckpt_path, mine.width) == ("here", 32)
+    assert mine.override_parent_fields == ["dropout"]
+
+
 def test_what_follows_from_a_kept_field_is_computed_again(saved):
     mine = Mine(heads=8)
     mine.override_parent_fields.append("heads")

@@ -272,6 +272,17 @@ def test_a_checkpoint_of_bionemo_starts_a_recipe_of_ours(told, tmp_path):
     assert {claim.claim for claim in done.plan.tensors} == {"loaded"}
 
 
+def test_a_checkpoint_of_ours_starts_a_config_of_bionemo(told, ours):
+    config = told.configs.AddHead(
+        initial_ckpt_path=str(ours["continue"].folder),
+        initial_ckpt_skip_keys_with_these_prefixes=["classifier"],
+    )
+    model = config.configure_model()
+    assert (config.hidden_size, config.hidden_dropout) == (24, 0.0)
+    trained = ours["continue"].done.model.state_dict()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in trained.items())
+
+
 def test_the_configs_here_are_those_that_people_inherit_from():
     assert issubclass(
         bionemo.MegatronBioNeMoTrainableModelConfig, bionemo.BionemoTrainableModelConfig

@@ -28,9 +28,8 @@ _OF_THE_START = (
     "initial_ckpt_path",
     "initial_ckpt_skip_keys_with_these_prefixes",
     "override_parent_fields",
-    "nemo1_ckpt_path",
 )
-"""Fields that say where a model starts from, and nothing about the model."""
+"""Fields that say how this run starts: a config never takes them over from an earlier run."""
 
 
 class IOMixinProto(Protocol):
@@ -83,8 +82,9 @@ def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) ->
     ``config.override_parent_fields`` does not name gets the checkpoint's value, also where somebody
     set another; a warning in the log names those. Different here: the saved config's class need not
     be installed; what was not set when it was saved has the default of that day, where
-    ``model.yaml`` says it; what is computed from a field that is kept is computed again; a name in
-    ``override_parent_fields`` that nobody knows is an error.
+    ``model.yaml`` says it; what is computed from a field that is kept is computed again; the path
+    and the lists of this start are never taken over; a name in ``override_parent_fields`` that
+    nobody knows is an error.
 
     Args:
         config: a dataclass that mixes in ``IOMixinWithGettersSetters``, with
@@ -105,13 +105,14 @@ def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) ->
             f"override_parent_fields={kept!r} is one text, and each of its letters would be a "
             f"field. Write [{kept!r}]."
         )
-    source = open_source(path, config, frozenset(kept))
+    stays = frozenset((*kept, *_OF_THE_START))
+    source = open_source(path, config, stays)
     _require_known(kept, mine, source)
-    taken = [name for name in mine if name in source.names and name not in set(kept)]
+    taken = [name for name in mine if name in source.names and name not in stays]
     differing = {
         name: config.get_hparam(name)
         for name in mine
-        if name in source.names and name in set(kept) and _says_something(name, config, source)
+        if name in source.names and name in stays and _says_something(name, config, source)
     }
     attributes = source.attributes(differing)
     _warn_of_losers(config, source, taken)
