@@ -26,9 +26,7 @@ from bioinit.initialize import once
 from bioinit.ranks import joined
 from bioinit.ranks.watch import Pace
 from bioinit.record import build
-
-sys.path.append(str(Path(__file__).parent))
-from forks import calls_of, ended, killed_after, started
+from tests.forks import calls_of, ended, killed_after, started
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 CONFIG = transformers.LlamaConfig(
