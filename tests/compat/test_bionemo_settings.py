@@ -217,6 +217,20 @@ def test_a_default_that_has_changed_since_is_that_of_the_day(tmp_path):
     assert "dropout" in mine.get_hparams() and mine.window == (1, 1)
 
 
+def test_an_enum_that_was_written_without_its_member_says_nothing(saved):
+    folder = saved(width=16)
+    in_force = folder / "context/model.yaml"
+    text = in_force.read_text().replace("    _name_: LOCAL\n", "")
+    in_force.write_text(text.replace("    _args_:\n    - local\n", ""))
+    mine = Mine(spec=Spec.FUSED)
+    mine.override_parent_fields.append("spec")
+    mine.load_settings_from_checkpoint(folder)
+    assert (mine.width, mine.spec) == (16, Spec.FUSED)
+    mine = Mine()
+    mine.load_settings_from_checkpoint(folder)
+    assert (mine.width, mine.spec) == (16, Spec.LOCAL)
+
+
 def test_without_model_yaml_a_default_is_that_of_the_class_now(tmp_path):
     mine = Mine(dropout=0.3)
     mine.load_settings_from_checkpoint(checkpoint(Saved(width=16), tmp_path, yaml_attrs=()))

@@ -217,7 +217,9 @@ def _understood(value: Any, default: Any, hint: str) -> Any:
         return kind_of(value) if kind_of in (tuple, set, frozenset) else value
     if isinstance(value, dict) and _TARGET in value:
         target = find(str(value[_TARGET]))
-        if target is ABSENT or not may_be_called(target):
+        # NeMo writes a member of an enum as its class alone: nobody can say which it was.
+        is_enum = isinstance(target, type) and issubclass(target, enum.Enum)
+        if target is ABSENT or is_enum or not may_be_called(target):
             return _UNCLEAR
         inner = {k: _understood(v, None, "") for k, v in value.items() if k != _TARGET}
         if any(v is _UNCLEAR for v in inner.values()):
