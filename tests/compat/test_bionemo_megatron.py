@@ -27,7 +27,6 @@ from bioinit.errors import PlanError
 pytest.importorskip("megatron", reason="megatron-core is not installed")
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:megatron",
-    "ignore::UserWarning:megatron",
     "ignore:torch.distributed is disabled",
     "ignore::FutureWarning",
 )
@@ -293,6 +292,7 @@ def test_a_module_of_megatron_with_parts_of_torch_goes_on_with_a_head(tmp_path):
     assert io.reinit(second).ffn_hidden_size == 48
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
 @pytest.mark.parametrize(
     "more",
     [{}, {"num_moe_experts": 2, "params_dtype": torch.float16}, {"bf16": True}],

@@ -15,9 +15,6 @@ from bioinit.compat.bionemo import IOMixinWithGettersSetters
 from bioinit.compat.nemo import io
 from bioinit.errors import ConfigError, CorruptCheckpoint
 
-# Megatron-core warns of a default of its own.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:megatron")
-
 
 class Spec(enum.Enum):
     LOCAL = "local"

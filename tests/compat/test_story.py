@@ -25,7 +25,7 @@ STAGES = ("pretrain", "continue", "add_head", "drop_head")
 
 # torch's writer of checkpoints: that there is one process, and that a class of it is deprecated.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled", "ignore::FutureWarning", "ignore::UserWarning:megatron"
+    "ignore:torch.distributed is disabled", "ignore::FutureWarning"
 )
 
 

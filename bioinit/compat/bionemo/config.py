@@ -7,6 +7,7 @@ bioinit.compat.bionemo`` takes as long without it as with it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -40,6 +41,12 @@ class MegatronBioNeMoModelConfig(
     """
 
     model_cls: type[MegatronModelType]
+
+    def __post_init__(self) -> None:
+        with warnings.catch_warnings():
+            # Megatron-core 0.16 says so of the default of cuda_graph_scope, whoever makes a config.
+            warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+            super().__post_init__()
 
 
 @dataclass
