@@ -169,15 +169,25 @@ def test_prefixes_may_come_in_any_collection(saved, kind):
     assert "embedding.weight" not in kept(model, before)
 
 
-def test_a_prefix_is_whole_segments(saved):
+def test_a_prefix_is_raw_text_and_what_goes_on_within_its_last_word_is_said(saved, caplog):
+    original, folder = saved
+    model = WithHead()
+    before = copied(model)
+    load_weights_sharded_inplace_nemo2_to_mcore(model, folder, ["regression_head"])
+    heads = {"regression_head.weight", "regression_head.bias", "regression_head_scale"}
+    assert heads <= kept(model, before)
+    assert torch.equal(model.embedding.weight, original.embedding.weight)
+    assert "'regression_head' skips regression_head_scale too, and 1 in all" in caplog.text
+
+
+def test_a_prefix_of_whole_words_is_not_warned_of(saved, caplog):
     _, folder = saved
     model = Body()
     before = copied(model)
-    load_weights_sharded_inplace_nemo2_to_mcore(model, folder, ["encoder.layers.1"])
+    load_weights_sharded_inplace_nemo2_to_mcore(model, folder, ["encoder.layers.2."])
     found = {key for key in kept(model, before) if key.startswith("encoder")}
-    assert found == {"encoder.layers.1.weight", "encoder.layers.1.bias"}
-    with pytest.raises(PlanError, match="regression_head_scale"):
-        load_weights_sharded_inplace_nemo2_to_mcore(WithHead(), folder, ["regression_head"])
+    assert found == {"encoder.layers.2.weight", "encoder.layers.2.bias"}
+    assert "skips" not in caplog.text
 
 
 def test_what_only_the_checkpoint_has_is_left_alone(tmp_path):

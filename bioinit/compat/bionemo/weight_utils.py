@@ -96,9 +96,10 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
     names in the checkpoint may have ``module.`` in front, or not. What the checkpoint has besides
     is left alone; what the model has besides must be skipped.
 
-    Different here: prefixes are whole dotted segments, ``encoder.layers.1`` is not
-    ``encoder.layers.10``, and one that no key has is an error; some of the layers may be skipped;
-    a parameter that is not contiguous is loaded too; if anything fails, nothing was changed.
+    As in the original a prefix is raw text: ``encoder.layers.1`` skips ``encoder.layers.10`` too,
+    which is warned of. Different here: a prefix that no key has is an error; some of the layers may
+    be skipped; a parameter that is not contiguous is loaded too; if anything fails, nothing was
+    changed.
 
     Raises:
         ConfigError: the prefixes are one text, or one of them is empty.
@@ -110,17 +111,28 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
     path = Path(distributed_checkpoint_dir)
     root = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     with open_checkpoint(path) as checkpoint:
-        asked = [each for each in map(SkipPrefix, prefixes) if not _is_idle(each, root, checkpoint)]
+        raw = [SkipPrefix(_open_ended(prefix)) for prefix in prefixes]
+        asked = [each for each in raw if not _is_idle(each, root, checkpoint)]
         names = sharded.names_of(root, checkpoint, asked)
     texts = [each.text for each in asked]
     try:
         report = load_weights(root, path, skip_prefixes=texts, mapping=names)
     except PlanError as error:
-        message = str(error).replace(_THEIRS, _OURS)
         problems = [
-            replace(each, cure=each.cure.replace(_THEIRS, _OURS)) for each in error.problems
+            replace(each, message=_in_their_words(each.message), cure=_in_their_words(each.cure))
+            for each in error.problems
         ]
-        raise PlanError(f"{path}: {message}", problems) from error
+        raise PlanError(f"{path}: {_in_their_words(str(error))}", problems) from error
+    for prefix in map(SkipPrefix, prefixes):
+        keys = [claim.key for claim in report.claims if claim.claim == "skipped"]
+        beyond = [k for k in keys if k.startswith(prefix.text) and not prefix.matches(k)]
+        if beyond:
+            logger.warning(
+                "the prefix %r skips %s too, and %d in all that go on within its last word",
+                prefix.text,
+                beyond[0],
+                len(beyond),
+            )
     logger.info("loaded %s: %s", path, report)
 
 
@@ -135,6 +147,15 @@ def update_model_from_checkpoint(config: Any, model: Any, initial_ckpt_path: str
     given = config.initial_ckpt_skip_keys_with_these_prefixes
     prefixes = _prefixes(given, "initial_ckpt_skip_keys_with_these_prefixes")
     load_weights_sharded_inplace_nemo2_to_mcore(model, initial_ckpt_path, prefixes)
+
+
+def _in_their_words(said: str) -> str:
+    return re.sub(r"(skip prefix '.*?)\*'", r"\1'", said.replace(_THEIRS, _OURS))
+
+
+def _open_ended(prefix: str) -> str:
+    """A prefix of raw text, as :class:`SkipPrefix` spells it; an empty one is its error."""
+    return prefix if prefix.endswith("*") or not prefix.strip(".") else f"{prefix}*"
 
 
 def _is_idle(prefix: SkipPrefix, model: nn.Module, checkpoint: Checkpoint) -> bool:
