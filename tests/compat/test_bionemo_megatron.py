@@ -150,7 +150,7 @@ def test_some_of_the_layers_may_be_skipped(saved):
         ({"num_layers": 4}, (), r"lacks 'decoder\.layers\.3"),
         ({"num_layers": 2}, (), r"stored for 3 layers.*the model has 2"),
         ({"ffn_hidden_size": 32}, (), "linear_fc"),
-        ({}, ("decoder.layer",), "matches no parameter"),
+        ({}, ("decoder.layerz",), "matches no parameter"),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_nothing_is_loaded(saved, sizes, prefixes, said):
