@@ -178,6 +178,22 @@ def test_what_follows_from_a_kept_field_is_computed_again(saved):
     assert io.reinit(mine).channels == 4
 
 
+def test_what_follows_from_a_kept_attribute_that_was_set_plainly_follows_from_that(saved):
+    mine = Mine()
+    mine.heads = 8
+    mine.override_parent_fields += ["heads", "doubled"]
+    mine.load_settings_from_checkpoint(saved(width=32, heads=4, doubled=3))
+    assert (mine.heads, mine.channels, mine.area, mine.doubled) == (8, 4, 256, 10)
+
+
+def test_an_attribute_that_was_set_plainly_and_is_lost_is_named_too(saved, caplog):
+    mine = Mine(head_size=3)
+    mine.dropout, mine.head_size = 0.5, 9
+    mine.load_settings_from_checkpoint(saved(dropout=0.2))
+    assert (mine.dropout, mine.head_size) == (0.2, 9)
+    assert ["the 0.5 that was set" in r.getMessage() for r in caplog.records] == [True]
+
+
 def test_what_was_passed_is_not_computed_again(saved):
     mine = Mine(heads=8)
     mine.override_parent_fields.append("heads")

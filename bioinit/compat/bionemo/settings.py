@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import fiddle as fdl
 
+from bioinit.compat._capture import as_record
+from bioinit.compat.bionemo.iomixin_utils import hparams_of
 from bioinit.compat.bionemo.overrides import OF_BIOBERT
-from bioinit.compat.bionemo.source import Source, open_source
+from bioinit.compat.bionemo.source import Source, built, open_source
 from bioinit.errors import ConfigError
 from bioinit.keys import suggestion
 from bioinit.record import same
@@ -106,16 +109,20 @@ def load_settings_from_checkpoint(config: Any, initial_ckpt_path: str | Path) ->
             f"field. Write [{kept!r}]."
         )
     stays = frozenset((*kept, *_OF_THE_START))
-    source = open_source(path, config, stays)
+    plainly = _set_plainly(config)
+    source = open_source(path, config, stays, plainly)
     _require_known(kept, mine, source)
     taken = [name for name in mine if name in source.names and name not in stays]
+    given = {**config.get_hparams(), **plainly}
     differing = {
-        name: config.get_hparam(name)
+        name: given[name] if name in given else config.get_hparam(name)
         for name in mine
-        if name in source.names and name in stays and _says_something(name, config, source)
+        if name in source.names and name in stays and name in source.hparams and mine[name].init
     }
-    attributes = source.attributes(differing)
-    _warn_of_losers(config, source, taken)
+    attributes = source.attributes(
+        {name: ours for name, ours in differing.items() if _says_something(name, ours, source)}
+    )
+    _warn_of_losers(config, given, source, taken)
     for name in taken:
         if name in source.hparams and mine[name].init:
             config.set_hparam(name, _own(source.hparams[name]), also_change_value=False)
@@ -155,20 +162,48 @@ def _require_known(kept: Iterable[str], mine: Collection[str], source: Source) -
             )
 
 
-def _says_something(name: str, config: Any, source: Source) -> bool:
-    """Whether keeping the field of ``config`` may change what is computed from it."""
-    if name in _OF_THE_START or name not in source.hparams:
-        return False
-    if name in _computed(config):
-        return False
-    ours, theirs = config.get_hparam(name), source.hparams[name]
-    if isinstance(ours, type) or isinstance(theirs, type):  # a class of model or of loss
-        return False
+def _set_plainly(config: Any) -> dict[str, Any]:
+    """Attributes that somebody set without ``set_hparam``, as arguments.
+
+    What ``__post_init__`` makes of an argument is no such attribute: a config that is made from the
+    same arguments again has it as well.
+    """
+    fields = [f.name for f in dataclasses.fields(config) if f.init and hasattr(config, f.name)]
+    unlike = [
+        name
+        for name in fields
+        if name not in _OF_THE_START
+        and _has_a_value(getattr(config, name))
+        and not same(as_record(getattr(config, name)), config.get_hparam(name))
+    ]
+    if not unlike:
+        return {}
+    again = built(hparams_of(config), f"this {type(config).__name__} was made from")
+    return {
+        name: as_record(getattr(config, name))
+        for name in unlike
+        if not same(getattr(config, name), getattr(again, name))
+    }
+
+
+def _has_a_value(thing: Any) -> bool:
+    """Whether two of its kind can be equal: an object that is only itself says nothing."""
+    kind: Any = type(thing)
+    is_one_of_few = isinstance(thing, type | enum.Enum) or kind.__module__ == "torch"
+    return is_one_of_few or kind.__eq__ is not object.__eq__
+
+
+def _says_something(name: str, ours: Any, source: Source) -> bool:
+    """Whether keeping ``ours`` may change what is computed from the field."""
+    theirs = source.hparams[name]
+    if name in _OF_THE_START or isinstance(ours, type) or isinstance(theirs, type):
+        return False  # a class is one of model or of loss
     return not same(ours, theirs)
 
 
-def _warn_of_losers(config: Any, source: Source, taken: Sequence[str]) -> None:
-    given = config.get_hparams()
+def _warn_of_losers(
+    config: Any, given: Mapping[str, Any], source: Source, taken: Sequence[str]
+) -> None:
     for name in taken:
         if name in given and name in source.hparams and not same(given[name], source.hparams[name]):
             logger.warning(

@@ -64,21 +64,38 @@ class Source:
         record = copy.deepcopy(self.record)
         for name, value in kept.items():
             setattr(record, name, copy.deepcopy(value))
-        try:
-            made = fdl.build(record)
-        except BioinitError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"the settings in {self.where}, with what override_parent_fields keeps, make no "
-                f"{fdl.get_callable(record).__name__}: {str(error).partition(_FIDDLE)[0].strip()}. "
-                "Correct the fields that it names, or take them off or onto that list."
-            ) from error
+        made = built(record, f"in {self.where}, with what override_parent_fields keeps,")
         return {name: getattr(made, name) for name in self.names}
 
 
-def open_source(path: Path, config: Any, kept: Collection[str]) -> Source:
+def built(record: Any, which: str) -> Any:
+    """What ``record`` makes.
+
+    Raises:
+        ConfigError: it makes nothing. The message calls it the settings ``which``.
+    """
+    try:
+        return fdl.build(record)
+    except BioinitError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the settings {which} make no {fdl.get_callable(record).__name__}: "
+            f"{str(error).partition(_FIDDLE)[0].strip()}. Correct the fields that it names, or "
+            "take them off or onto override_parent_fields."
+        ) from error
+
+
+def open_source(
+    path: Path, config: Any, kept: Collection[str], plainly: Mapping[str, Any]
+) -> Source:
     """The settings of the checkpoint at ``path``, for ``config``, which keeps the fields ``kept``.
+
+    Args:
+        path: of the checkpoint.
+        config: what takes the settings over.
+        kept: its fields that stay as they are.
+        plainly: arguments that it should have been made from, since their attributes were set.
 
     Raises:
         MissingSettings: no saved config lies there.
@@ -93,7 +110,7 @@ def open_source(path: Path, config: Any, kept: Collection[str]) -> Source:
         computed = {f.name for f in dataclasses.fields(cls) if not f.init}
         names = frozenset(f.name for f in dataclasses.fields(cls))
         return Source(context.where, record, names, dict(_arguments(record, names - computed)))
-    return _from_plain_data(context, config, kept)
+    return _from_plain_data(context, config, kept, plainly)
 
 
 def _context(path: Path) -> Context:
@@ -159,10 +176,14 @@ def _arguments(record: Any, names: Collection[str]) -> Iterator[tuple[str, Any]]
             yield name, otherwise[name]
 
 
-def _from_plain_data(context: Context, config: Any, kept: Collection[str]) -> Source:
+def _from_plain_data(
+    context: Context, config: Any, kept: Collection[str], plainly: Mapping[str, Any]
+) -> Source:
     cls = type(config)
     mine = {field.name: field for field in dataclasses.fields(config)}
     record = copy.deepcopy(hparams_of(config))
+    for name, value in plainly.items():
+        setattr(record, name, copy.deepcopy(value))
     otherwise = defaults(cls)
     unpassed = {name for name, _ in _unpassed(context)}
     names, unclear = [], []
