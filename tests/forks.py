@@ -4,13 +4,16 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 
 def started(work: Callable[[], object], said: Path | None = None) -> int:
     """The process that does ``work``; what it raises or returns is written to ``said``."""
-    pid = os.fork()
+    with warnings.catch_warnings():  # Python 3.12 fears for locks of threads that end with us
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        pid = os.fork()
     if pid:
         return pid
     code, text = 1, ""

@@ -381,6 +381,14 @@ def test_what_a_process_uses_is_never_pruned_and_a_crash_gives_it_back(tmp_path:
     assert len(cache.prune(everything=True).removed) == 1 and not folder.exists()
 
 
+def test_a_folder_made_again_after_the_cache_was_removed_by_hand_is_in_use(home: Path):
+    folder = cache.keep(None, RULES, fill)
+    shutil.rmtree(home)
+    assert cache.keep(None, RULES, fill) == folder
+    assert [entry.in_use for entry in cache.entries()] == [True]
+    assert not cache.prune(everything=True).removed
+
+
 def test_what_is_being_made_is_in_use(tmp_path: Path):
     def stay(folder: Path, journal: Journal) -> dict[str, str]:
         (tmp_path / "begun").touch()

@@ -22,6 +22,7 @@ from bioinit.storage import file as file_room
 from bioinit.storage import handle as handle_room
 from bioinit.storage import write as write_room
 from bioinit.storage.zip import data_start, first_name, members
+from tests.forks import ended, started
 
 BYTES = bytes(range(256)) * 16
 
@@ -618,12 +619,27 @@ def test_a_replacement_that_was_killed_between_two_renames_is_undone(tmp_path):
     assert (final / "x").read_text() == "old" and left_beside(final) == []
 
 
-def test_partial_folders_of_living_processes_are_left_alone(tmp_path):
-    living = tmp_path / f".out.{os.getppid()}.0123abcd.partial"
-    living.mkdir()
-    with atomic_folder(tmp_path / "out") as folder:
-        (folder / "x").write_text("x")
-    assert living.exists()
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_is_left_is_known_by_the_lock_and_only_without_one_by_who_runs(
+    locks, tmp_path, monkeypatch
+):
+    def unsupported(*args):
+        raise OSError(errno.EOPNOTSUPP, "x")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+    dead = started(lambda: None)
+    try:
+        os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)  # a zombie, until somebody waits for it
+        # The number of a process that was killed may be that of another one by now.
+        living, killed = (tmp_path / f".out.{n}.0123abcd.partial" for n in (os.getppid(), dead))
+        living.mkdir()
+        killed.mkdir()
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("x")
+        assert (living.exists(), killed.exists()) == (not locks, False)
+    finally:
+        assert ended(dead) == 0
 
 
 # Journals

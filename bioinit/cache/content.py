@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What files hold, whatever they are called and wherever they lie."""
+    """What files hold, and how several of them lie from one another; wherever they lie."""
 
     digest: str
     files: tuple[Look, ...]

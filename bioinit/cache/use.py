@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -29,17 +30,32 @@ def lock_of(final: Path) -> Path:
 def begin(final: Path, waiting: Callable[[], None]) -> bool:
     """Use ``final`` from now on; whether this process did not do so before."""
     with _guard:
-        if final in _held:
+        if _holds(final):
             return False
     while (descriptor := try_lock(lock_of(final), shared=True)) is None:
         waiting()  # for who is just removing it, or looks whether it is used
         time.sleep(0.01)
     with _guard:
-        if final in _held:
+        if _holds(final):
             os.close(descriptor)
             return False
+        if final in _held:
+            os.close(_held[final])
         _held[final] = descriptor
     return True
+
+
+def _holds(final: Path) -> bool:
+    """Whether this process has the lock that others look at: somebody may have removed it."""
+    if final not in _held:
+        return False
+    mine = os.fstat(_held[final])
+    if not stat.S_ISREG(mine.st_mode):  # where nothing can be written, nothing can be removed
+        return True
+    try:
+        return os.path.samestat(mine, os.lstat(lock_of(final)))
+    except OSError:
+        return False
 
 
 def end(final: Path) -> None:

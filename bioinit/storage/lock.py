@@ -19,8 +19,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.2
 
 
 @contextmanager
-def locked(final: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(final: Path, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
     """Keep other processes from writing ``final``: one at a time.
+
+    Inside it is known whether nobody else can be at it: False where the file system has no locks.
 
     Args:
         final: what will be written.
@@ -46,12 +48,21 @@ def locked(final: Path, waiting: Callable[[], None] | None = None) -> Iterator[N
         pause = min(_LONGEST_PAUSE, 1.5 * pause)
         descriptor = try_lock(path)
     try:
-        yield
+        yield _is_alone(descriptor)
     finally:
         # Removed while it is still held, so nobody can lock a file that is about to vanish.
         with suppress(OSError):
             os.unlink(path)
         os.close(descriptor)
+
+
+def _is_alone(descriptor: int) -> bool:
+    """Whether the system keeps others out of what was just locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def lock_beside(final: Path, word: str) -> Path:

@@ -69,8 +69,8 @@ def atomic_folder(
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, f"make the folder {final.parent}") from error
-    with locked(final):
-        _recover(final)
+    with locked(final) as is_alone:
+        _recover(final, is_alone)
         require_free(final, overwrite=overwrite, keep=kept)
         partial = _hidden(final, "partial")
         try:
@@ -114,8 +114,8 @@ def resumable_folder(
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, f"make the folder {final.parent}") from error
-    with locked(final):
-        _recover(final)
+    with locked(final) as is_alone:
+        _recover(final, is_alone)
         require_free(final, overwrite=overwrite, keep=kept, words=words)
         partial = _resumable(final)
         _require_ours(partial, kept)
@@ -342,8 +342,13 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool, words: Words =
     _sync(final.parent)
 
 
-def _recover(final: Path) -> None:
-    """Put back, or remove, what processes that were killed left beside ``final``."""
+def _recover(final: Path, is_alone: bool) -> None:
+    """Put back, or remove, what processes that were killed left beside ``final``.
+
+    Args:
+        final: what will be written.
+        is_alone: nobody else can be writing it; if False, that is judged by who still runs.
+    """
     pattern = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.[0-9a-f]{{8}}\.(partial|old)")
     try:
         names = os.listdir(final.parent)
@@ -351,7 +356,7 @@ def _recover(final: Path) -> None:
         raise disk_error(error, f"list {final.parent}") from error
     for name in sorted(names):
         found = pattern.fullmatch(name)
-        if found is None or _is_running(int(found[1])):
+        if found is None or (not is_alone and _is_running(int(found[1]))):
             continue
         left = final.parent / name
         if found[2] == "old" and not os.path.lexists(final):
@@ -367,4 +372,9 @@ def _is_running(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    # One that was killed is listed until its parent has asked; its name may hold brackets.
+    return said.rpartition(")")[2].split()[0] not in ("Z", "X")
