@@ -107,14 +107,14 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", action="store_true", help="list every stored tensor")
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(given: argparse.Namespace) -> int:
     from bioinit.describe import describe, lines
     from bioinit.families import open_checkpoint
     from bioinit.report import printable
 
-    with open_checkpoint(arguments.checkpoint) as checkpoint:
-        document = describe(checkpoint, with_tensors=arguments.tensors)
-    if arguments.json:
+    with open_checkpoint(given.checkpoint) as checkpoint:
+        document = describe(checkpoint, with_tensors=given.tensors)
+    if given.json:
         print_json(document)
     else:
         print("\n".join(map(printable, lines(document))))
@@ -144,30 +144,30 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"A killed conversion goes on when it is started again.\n{EXITS}"
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(given: argparse.Namespace) -> int:
     from bioinit.convert import convert
     from bioinit.recipe.overrides import fields
 
     with progress("converting") as advance:
         done = convert(
-            arguments.source,
-            arguments.destination,
-            arguments.to,
-            format=arguments.format,
-            dtype=arguments.dtype,
-            family=arguments.family,
-            config=arguments.config,
-            set=fields(arguments.set),
-            architecture=arguments.architecture,
-            tokenizer=arguments.tokenizer,
-            partitions=arguments.partitions,
-            max_shard_size=arguments.max_shard_size,
-            model_id=arguments.model_id,
-            drop=arguments.drop,
-            overwrite=arguments.overwrite,
+            given.source,
+            given.destination,
+            given.to,
+            format=given.format,
+            dtype=given.dtype,
+            family=given.family,
+            config=given.config,
+            set=fields(given.set),
+            architecture=given.architecture,
+            tokenizer=given.tokenizer,
+            partitions=given.partitions,
+            max_shard_size=given.max_shard_size,
+            model_id=given.model_id,
+            drop=given.drop,
+            overwrite=given.overwrite,
             progress=advance,
         )
-    if arguments.json:
+    if given.json:
         print_json(done.to_json())
     else:
         print(done.render())
@@ -179,14 +179,14 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(given: argparse.Namespace) -> int:
     from bioinit.save import verify
 
-    files = verify(arguments.directory)
-    if arguments.json:
+    files = verify(given.directory)
+    if given.json:
         print_json(files)
     else:
-        print(f"{arguments.directory} is what its receipt says: {len(files)} files unchanged")
+        print(f"{given.directory} is what its receipt says: {len(files)} files unchanged")
     return 0
 
 
@@ -195,18 +195,18 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def _recipes(arguments: argparse.Namespace) -> int:
+def _recipes(given: argparse.Namespace) -> int:
     from bioinit.recipe import compose_tree, sources
 
-    if arguments.name is not None:
-        composed = compose_tree(arguments.name)
-        if arguments.json:
+    if given.name is not None:
+        composed = compose_tree(given.name)
+        if given.json:
             print_json(composed.tree)
         else:
             print(composed.render(), end="")
         return 0
     about = {name: sources.summary(sources.find(name)) for name in sources.names()}
-    if arguments.json:
+    if given.json:
         print_json([{"name": name, "about": text} for name, text in about.items()])
         return 0
     width = max(map(len, about), default=0)
@@ -216,9 +216,9 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "init": Verb("merge, build, load, and write output_dir", runs.options, runs.init),
+    "init": Verb("merge, build, load, and write output_dir", runs.arguments, runs.init),
     "plan": Verb(
-        "everything but reading weights: print what would be done", runs.options, runs.plan
+        "everything but reading weights: print what would be done", runs.arguments, runs.plan
     ),
     "inspect": Verb("what a checkpoint holds, from its headers", _inspect_arguments, _inspect),
     "convert": Verb("the same weights in another dialect and format", _convert_arguments, _convert),
@@ -226,6 +226,6 @@ VERBS = {
     "recipes": Verb("list the recipes, or show one composed", _recipes_arguments, _recipes),
     "cache": Verb("what was converted once: list, verify, prune", cache.arguments, cache.run),
     "migrate": Verb(
-        "old settings, contexts and recipes as YAML of ours", migrate.options, migrate.run
+        "old settings, contexts and recipes as YAML of ours", migrate.arguments, migrate.run
     ),
 }

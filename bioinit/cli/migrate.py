@@ -16,7 +16,7 @@ Nothing that a file names is imported, and no weight is read.
 """
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
     parser.add_argument("kind", choices=("settings", "context", "recipe"), help="see below")
     parser.add_argument("path", metavar="FILE|CKPT", help="what is to be migrated")
@@ -24,20 +24,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{_EPILOG}\n{EXITS}"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(given: argparse.Namespace) -> int:
     """Print what became of it."""
     from bioinit import migrate
     from bioinit.errors import ConfigError
 
-    if arguments.family is not None and arguments.kind != "recipe":
+    if given.family is not None and given.kind != "recipe":
         raise ConfigError(
-            f"--family={arguments.family} goes with `migrate recipe`; a checkpoint and settings "
+            f"--family={given.family} goes with `migrate recipe`; a checkpoint and settings "
             "say themselves what they are. Leave it out."
         )
-    if arguments.kind == "settings":
-        print(migrate.migrate_settings(arguments.path).text, end="")
-    elif arguments.kind == "context":
-        print(migrate.migrate_context(arguments.path), end="")
+    if given.kind == "settings":
+        print(migrate.migrate_settings(given.path).text, end="")
+    elif given.kind == "context":
+        print(migrate.migrate_context(given.path), end="")
     else:
-        print(migrate.migrate_recipe(arguments.path, arguments.family), end="")
+        print(migrate.migrate_recipe(given.path, given.family), end="")
     return 0

@@ -31,7 +31,7 @@ overrides:
 """
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """What both verbs take."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see below")
     parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
@@ -40,14 +40,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{_OVERRIDES}\n{EXITS}"
 
 
-def init(arguments: argparse.Namespace) -> int:
+def init(given: argparse.Namespace) -> int:
     """Merge, build, load, and write what each job says."""
-    return _together(arguments, _init_one)
+    return _together(given, _init_one)
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def plan(given: argparse.Namespace) -> int:
     """Print what ``init`` would do."""
-    return _together(arguments, _plan_one)
+    return _together(given, _plan_one)
 
 
 class Outcome(NamedTuple):
@@ -62,7 +62,7 @@ Work = Callable[["fdl.Config[Run]", bool], Outcome]
 """Carries out one job; told whether this process speaks."""
 
 
-def _together(arguments: argparse.Namespace, work: Work) -> int:
+def _together(given: argparse.Namespace, work: Work) -> int:
     """All jobs, on all ranks; where one fails, every rank ends with its exit code."""
     from bioinit import ranks
 
@@ -75,7 +75,7 @@ def _together(arguments: argparse.Namespace, work: Work) -> int:
             yield world
 
     try:
-        code = _each_job(arguments, work, met)
+        code = _each_job(given, work, met)
     except BrokenPipeError:
         raise
     except BaseException as error:
@@ -100,7 +100,7 @@ def _ended_among(world: World, error: BaseException) -> int:
     return ended(error, who=who, quietly=not is_own and world.rank != first)
 
 
-def _each_job(arguments: argparse.Namespace, work: Work, met: Callable[[str | None], Any]) -> int:
+def _each_job(given: argparse.Namespace, work: Work, met: Callable[[str | None], Any]) -> int:
     from bioinit import recipe
 
     # All are composed before one runs: a misspelt key in the last job stops the first. Who cannot
@@ -109,7 +109,7 @@ def _each_job(arguments: argparse.Namespace, work: Work, met: Callable[[str | No
     records: list[fdl.Config[Run]] = []
     mistake: Exception | None = None
     try:
-        jobs = list(recipe.jobs(arguments.overrides, multirun=arguments.multirun))
+        jobs = list(recipe.jobs(given.overrides, multirun=given.multirun))
         records = [recipe.compose(job.recipe, job.overrides) for job in jobs]
     except Exception as error:
         mistake = error
@@ -120,7 +120,7 @@ def _each_job(arguments: argparse.Namespace, work: Work, met: Callable[[str | No
             raise mistake
         world.agree({"verb": work.__name__, "how many jobs": str(len(jobs))})
     speaks = world.rank == 0
-    if arguments.cfg:
+    if given.cfg:
         trees = [recipe.compose_tree(job.recipe, job.overrides).render() for job in jobs]
         print("---\n".join(trees) if speaks else "", end="")
         return 0
@@ -135,11 +135,11 @@ def _each_job(arguments: argparse.Namespace, work: Work, met: Callable[[str | No
             outcomes.append(work(record, speaks))
         [outcome] = outcomes
         documents.append(outcome.document)
-        if speaks and not arguments.json and outcome.text:
+        if speaks and not given.json and outcome.text:
             print(outcome.text, flush=True)
         code = code or outcome.code
-    if speaks and arguments.json:
-        print_json(documents if arguments.multirun else documents[0])
+    if speaks and given.json:
+        print_json(documents if given.multirun else documents[0])
     return code
 
 
