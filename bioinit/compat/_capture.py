@@ -165,7 +165,9 @@ def track_io(
 
 
 def make_known(value: Any, *names: str) -> Any:
-    """Let saved files name a function, an enum or a class, by its own name and by ``names``.
+    """Let saved files name a function, an enum or a class, and call it.
+
+    By its own name and by ``names``. What ``io_dump`` wrote as a value files may name, not call.
 
     This one is ours: the original imported and called whatever a file named.
 
@@ -197,6 +199,8 @@ def as_record(value: Any) -> Any:
     """``value`` as ``__io__`` holds it: objects that are tracked and dataclasses as records."""
     record = getattr(value, "__io__", None)
     if isinstance(record, fdl.Buildable):
+        if fdl.get_callable(record) is type(value):
+            register(type(value))
         return record
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         register(type(value))

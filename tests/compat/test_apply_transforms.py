@@ -232,6 +232,64 @@ def test_a_wrong_shape_is_an_error_before_anything_is_written():
     fails(DifferentShapes, ValueError, "a int", FULL, [number])
 
 
+def fill_bias(state):
+    state["lin.bias"].fill_(7)
+
+
+def fill_all(state):
+    for value in state.values():
+        value.fill_(7)
+
+
+WRITES = {
+    "an item": fill_bias,
+    "all": fill_all,
+    "got": lambda state: state.get("lin.bias").fill_(7),
+    "a view": lambda state: state["lin.weight"][0].fill_(7),
+    "popped": lambda state: state.pop("lin.bias").fill_(7),
+    "a copy": lambda state: fill_all(state.copy()),
+    "a dict": lambda state: fill_all({**state}),
+    "a union": lambda state: fill_all(state | {}),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_a_function_wrote_in_place_is_not_in_the_target_after_an_error(write):
+    target = Target()
+    before = values(target)
+    for match, then in (("Shape", lambda: torch.zeros(5)), ("division", lambda: 1 / 0)):
+
+        def function(ctx, then=then):
+            write(ctx.target_state)
+            ctx.target_state["lin.weight"] = then()
+
+        with pytest.raises((ValueError, ZeroDivisionError), match=match):
+            apply_transforms(Source(), target, {}, [function])
+        assert values(target) == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_is_tied_is_written_in_place_by_either_name(replaced):
+    def function(ctx):
+        state = ctx.target_state.copy() if replaced else ctx.target_state
+        assert (len(state), set(state)) == (2, {"emb.weight", "head.weight"})
+        state["head.weight"].fill_(3)
+        state["emb.weight"].mul_(2)
+        return type(ctx)(ctx.source, ctx.source_state, ctx.target, state)
+
+    target = apply_transforms(_ModelState({}), Tied(), {}, [function])
+    assert target.head.weight is target.emb.weight
+    assert target.emb.weight.eq(6).all()
+
+
+def test_what_a_function_only_looks_at_has_got_no_value():
+    def look(ctx):
+        assert list(ctx.target_state.values()) and repr(ctx.target_state)
+        del ctx.target_state["buf"]
+
+    fails(NotConverted, AssertionError, r"lin\.bias", {"a.weight": "lin.weight"}, [look])
+
+
 def test_a_value_that_nothing_takes_is_an_error_unless_it_is_ignored():
     def add(ctx):
         ctx.target_state["lin.weights"] = torch.zeros(2)

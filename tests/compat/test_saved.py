@@ -195,6 +195,8 @@ def test_a_partial_is_a_partial_again(tmp_path):
     assert config.p["f"] == fdl.Partial(add, 10, c=15)
     loaded = io.load(tmp_path)
     assert loaded.p["f"](b=2) == 27 and loaded.q(u=3) == Inner(3, [1])
+    loaded = again(Pair(functools.partial(int, base=2), functools.partial(dict, k=3)), tmp_path)
+    assert loaded.p("11") == 3 and loaded.q() == {"k": 3}
 
 
 def test_without_build_a_config_comes_back(tmp_path):
@@ -292,11 +294,21 @@ def test_yaml_of_what_is_no_argument_is_an_error_and_writes_nothing(tmp_path):
         ([{"k": object()}], r"<root>\.p\[0\]\['k'\] is a builtins\.object"),
         (lambda: 1, r"<root>\.p is <function"),
         (functools.partial(lambda: 1), r"<root>\.p is <function"),
+        (functools.partial(torch.nn.functional.gelu, approximate="tanh"), "a function of your own"),
         (Maker().method, r"<root>\.p is <bound method .*a method of an object"),
         (HOLDS_ITSELF, r"<root>\.p\[0\]\[1\] is a builtins\.list that holds itself"),
         ({Inner: 1, (1, Path("x")): 2}, r"<root>\.p has the key"),
     ],
-    ids=["tensor", "object", "lambda", "partial of a lambda", "method", "cycle", "key"],
+    ids=[
+        "tensor",
+        "object",
+        "lambda",
+        "partial of a lambda",
+        "partial in C",
+        "method",
+        "cycle",
+        "key",
+    ],
 )
 def test_what_cannot_be_written_is_an_error_and_leaves_the_earlier_file(value, what, tmp_path):
     Pair(5).io_dump(tmp_path)
@@ -570,6 +582,66 @@ def test_nothing_is_called_or_imported_because_a_file_names_it(module, name, tmp
         with pytest.raises(UnknownClass, match="does not know"):
             io.load(tmp_path)
         assert module not in sys.modules or not module.startswith("bioinit_no")
+
+
+@dataclass
+class Unsaid:
+    u: int = 1
+
+
+class Plan(io.IOMixin):
+    def __init__(self, kind=Unsaid, function=add):
+        pass
+
+
+ONLY_NAMED = {
+    "a function": (add, lambda: Pair(add)),
+    "a class": (Maker, lambda: Pair([Maker])),
+    "a class method": (HeirOfMaker.make, lambda: Pair({"k": HeirOfMaker.make})),
+    "a dataclass": (Unsaid, lambda: Pair(Unsaid)),
+    "an enum": (Color, lambda: Pair(Color.RED)),
+    "what a partial calls": (add, lambda: Pair(functools.partial(add, 1))),
+    "what a config of a function calls": (add, lambda: Pair(fdl.Config(add, 1, b=2))),
+    "a default": (Unsaid, lambda: Pair(Plan)),
+}
+
+
+@pytest.mark.parametrize("target, honest", ONLY_NAMED.values(), ids=ONLY_NAMED)
+def test_what_was_written_as_a_value_is_not_called_by_another_file(target, honest, tmp_path):
+    honest().io_dump(tmp_path)
+    Pair(Settings(3)).io_dump(tmp_path / "foreign")
+    file = tmp_path / "foreign/io.json"
+    said, named = json.dumps(pyref(f"{__name__}.Settings")), json.dumps(pyref(names.dotted(target)))
+    file.write_text(file.read_text().replace(said, named))
+    with pytest.raises(UnknownClass, match=rf"{target.__name__}.*make_known") as raised:
+        io.load(tmp_path / "foreign")
+    assert raised.value.unknown == (names.dotted(target),)
+    io.make_known(target)
+    honest().io_dump(tmp_path)  # takes nothing back
+    assert names.may_be_called(names.find(names.dotted(target)))
+    io.load(tmp_path)
+
+
+def test_what_was_written_as_a_value_is_not_in_a_partial_of_another_file(tmp_path):
+    Pair(functools.partial(Inner, u=2), Maker.make).io_dump(tmp_path)
+    file = tmp_path / "io.json"
+    said, named = (
+        json.dumps(pyref(f"{__name__}.Inner")),
+        json.dumps(pyref(f"{__name__}.Maker.make")),
+    )
+    file.write_text(file.read_text().replace(said, named))
+    with pytest.raises(UnknownClass, match=r"Maker\.make"):
+        io.load(tmp_path)
+    file.write_text(file.read_text().replace(named, json.dumps(pyref("torch.float32"))))
+    with pytest.raises(CorruptCheckpoint, match=r"torch\.float32 takes no arguments"):
+        io.load(tmp_path)
+
+
+def test_the_heir_of_a_tracked_class_is_built_again(tmp_path):
+    class Heir(Trainer):
+        pass
+
+    assert again(Pair(Heir(7)), tmp_path).p.callbacks == (7,)
 
 
 def test_a_plain_type_may_be_named_and_is_not_called(tmp_path):

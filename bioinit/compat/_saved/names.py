@@ -2,12 +2,13 @@
 
 Nothing is imported because a file names it. A name is known if the running program
 
-- made a subclass of ``IOMixin`` of it, or called ``track_io`` on it;
-- called ``make_known`` on it, or wrote it into a file with ``io_dump``;
+- made a subclass of ``IOMixin`` of it, or called ``track_io`` or ``make_known`` on it;
+- wrote it into a file with ``io_dump``;
 - states it in the signature of such a class: a dataclass or an enum as a type, a class or a
   function as a default;
 
-or if it is a dtype, an activation or an initializer of torch, or a plain type of Python.
+or if it is a dtype, an activation or an initializer of torch, or a plain type of Python. What may
+be known may not be called for that: see :class:`Use`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,21 @@ from bioinit.record import names
 ABSENT = object()
 """What :func:`find` answers for a name that is not known."""
 
-_HELD: dict[str, Any] = {}
+
+class Use(enum.IntEnum):
+    """What a saved file may do with what it names; each includes those before it."""
+
+    NAME = 0
+    """Hand it on as a value: what ``io_dump`` met as one, and defaults in signatures."""
+    PREPARE = 1
+    """Put arguments to it, in a partial: what ``io_dump`` met in a partial, and plain types."""
+    CALL = 2
+    """Have it called: what the program said may be built, and dataclasses that it holds."""
+
+
+_HELD: dict[str, tuple[Any, Use]] = {}
 _WRITTEN: dict[Any, tuple[str, str]] = {}
-_SIGNED: dict[type, dict[str, Any]] = {}
+_SIGNED: dict[type, dict[str, tuple[Any, Use]]] = {}
 _PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
 _MODULES = "ReLU GELU ReLU6 SiLU Sigmoid SELU ELU Hardtanh Hardswish LeakyReLU Mish Softplus Tanh"
 _INITIALIZERS = (
@@ -55,15 +68,22 @@ def spelled(value: Any) -> tuple[str, str]:
     return _WRITTEN.get(value) or _public(value) or (value.__module__, value.__qualname__)
 
 
-def register(value: Any, *others: str) -> None:
-    """Let saved files name a class, an enum or a function, and call it. The last one wins.
+def register(value: Any, *others: str, use: Use = Use.CALL) -> None:
+    """Let saved files name a class, an enum or a function. The last one of a name wins.
 
     Args:
         value: what they may name, by its own dotted name.
         others: other dotted names for it, such as those from before it was moved.
+        use: what they may do with it; what was allowed before stays allowed.
     """
     for name in (dotted(value), *others):
-        _HELD[name] = value
+        before, allowed = _HELD.get(name, (ABSENT, Use.NAME))
+        _HELD[name] = value, max(use, allowed) if _same(before, value) else use
+
+
+def _same(one: Any, other: Any) -> bool:
+    # A class method is another object each time it is asked for.
+    return one is other or (isinstance(one, MethodType) and bool(one == other))
 
 
 def write_as(value: Any, module: str, name: str) -> None:
@@ -76,12 +96,12 @@ def find(name: str) -> Any:
     """What ``name`` means to this program, or :data:`ABSENT`."""
     for spelled in dict.fromkeys((name, MOVED.get(name, name))):
         if spelled in _HELD:
-            return _HELD[spelled]
+            return _HELD[spelled][0]
         found = _closed(spelled)
         if found is ABSENT:
             found = _member(spelled)
         if found is ABSENT:
-            found = _signed(spelled)
+            found = _signed(spelled)[0]
         if found is not ABSENT:
             return found
     return ABSENT
@@ -93,10 +113,21 @@ def is_known(name: str) -> bool:
 
 
 def may_be_called(value: Any) -> bool:
-    """Whether a file may have ``value`` called: what the program held, and its dataclasses."""
-    if any(value is held for held in _HELD.values()) or dataclasses.is_dataclass(value):
-        return True
-    return any(value is known for name, known in _torch().items() if name.startswith("torch.nn"))
+    """Whether a file may have ``value`` called."""
+    return _allowed(value) == Use.CALL
+
+
+def may_be_prepared(value: Any) -> bool:
+    """Whether a file may put arguments to ``value``, for the program to call it with later."""
+    return _allowed(value) >= Use.PREPARE or is_closed(value)
+
+
+def _allowed(value: Any) -> Use:
+    if any(value is known for name, known in _torch().items() if name.startswith("torch.nn")):
+        return Use.CALL
+    signed, use = _signed(dotted(value)) if dataclasses.is_dataclass(value) else (ABSENT, Use.NAME)
+    allowed = [use for held, use in list(_HELD.values()) if _same(held, value)]
+    return max([Use.NAME, *allowed, *([use] if signed is value else [])])
 
 
 def _public(value: Any) -> tuple[str, str] | None:
@@ -150,48 +181,60 @@ def _closed(name: str) -> Any:
 def _member(name: str) -> Any:
     """A member of an enum that is known."""
     kind, _, member = name.rpartition(".")
-    held = _HELD.get(kind, ABSENT)
-    if held is ABSENT:
-        held = _signed(kind)
+    held = (_HELD.get(kind) or _signed(kind))[0]
     if isinstance(held, type) and issubclass(held, enum.Enum):
         return held.__members__.get(member, ABSENT)
     return ABSENT
 
 
-def _signed(name: str) -> Any:
-    """What stands in the signature of a class that is known."""
-    for kind in [held for held in list(_HELD.values()) if isinstance(held, type)]:
+def _signed(name: str) -> tuple[Any, Use]:
+    """What stands in the signature of a class that may be called."""
+    found = ABSENT, Use.NAME
+    held = [value for value, use in list(_HELD.values()) if use == Use.CALL]
+    for kind in held:
+        if not isinstance(kind, type):
+            continue
         if kind not in _SIGNED:
-            _SIGNED[kind] = {}
-            waiting: list[Any] = [kind]
-            while waiting:
-                for value in _in_signature(waiting.pop()):
-                    if dotted(value) not in _SIGNED[kind]:
-                        _SIGNED[kind][dotted(value)] = value
-                        waiting.extend([value] if dataclasses.is_dataclass(value) else [])
-        if name in _SIGNED[kind]:
-            return _SIGNED[kind][name]
-    return ABSENT
+            _SIGNED[kind] = _all_signed(kind)
+        found = _SIGNED[kind].get(name, found)
+        if found[1] == Use.CALL:
+            break
+    return found
 
 
-def _in_signature(kind: Any) -> Iterator[Any]:
+def _all_signed(kind: type) -> dict[str, tuple[Any, Use]]:
+    """What stands in the signature of ``kind``, and in those of the dataclasses there."""
+    found: dict[str, tuple[Any, Use]] = {}
+    waiting: list[Any] = [kind]
+    while waiting:
+        for value, use in _in_signature(waiting.pop()):
+            name = dotted(value)
+            if name not in found or found[name][1] < use:
+                found[name] = value, use
+                waiting.extend([value] if use == Use.CALL else [])
+    return found
+
+
+def _in_signature(kind: Any) -> Iterator[tuple[Any, Use]]:
     try:
         parameters = inspect.signature(kind).parameters.values()
     except (TypeError, ValueError):
         return
     for parameter in parameters:
         if isinstance(parameter.default, enum.Enum):
-            yield type(parameter.default)
+            yield type(parameter.default), Use.NAME
         elif isinstance(parameter.default, type | FunctionType | BuiltinFunctionType):
-            yield parameter.default
+            yield parameter.default, Use.NAME
     try:
         hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
     except (NameError, TypeError, AttributeError):
         return
     for hint in hints.values():
         for part in _parts(hint):
-            if dataclasses.is_dataclass(part) or issubclass(part, enum.Enum):
-                yield part
+            if dataclasses.is_dataclass(part):
+                yield part, Use.CALL
+            elif issubclass(part, enum.Enum):
+                yield part, Use.NAME
 
 
 def _parts(hint: Any) -> Iterator[type]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 import fiddle as fdl
 
 from bioinit.compat._saved.artifact import Artifact, DirArtifact, artifacts_of
-from bioinit.compat._saved.names import ABSENT, find, may_be_called
+from bioinit.compat._saved.names import ABSENT, find, may_be_called, may_be_prepared
 from bioinit.compat._saved.writing import IO_FILE
 from bioinit.contexts._artifacts import inside
 from bioinit.contexts._fiddle import LARGEST, Reader, parse_fiddle
@@ -181,11 +181,12 @@ def _unknown(unknown: Mapping[str, str], where: str) -> UnknownClass:
     shown = ", ".join(list(unknown)[:_MOST_SHOWN])
     more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
     return UnknownClass(
-        f"{where} names what this program does not know: {shown}{more}. Nothing is imported "
-        "because a file says so. Import your classes and make them known: subclasses of IOMixin "
-        "are; of other classes call track_io(TheClass), of enums and functions make_known(it). "
-        "What has moved takes its old name, track_io(TheClass, names=('old.module.TheClass',)). "
-        "Or load only a part, with subpath=.",
+        f"{where} names what this program does not know, or has called what it only knows as a "
+        f"value: {shown}{more}. Nothing is imported because a file says so. Import your classes "
+        "and make them known: subclasses of IOMixin are; of other classes call "
+        "track_io(TheClass), of enums and functions make_known(it). What has moved takes its old "
+        "name, track_io(TheClass, names=('old.module.TheClass',)). Or load only a part, with "
+        "subpath=.",
         tuple(unknown),
     )
 
@@ -286,7 +287,8 @@ class _Records(Reader):
         target = self._known(name, at)
         if target is ABSENT:
             return None
-        if not may_be_called(target):
+        made = _KINDS.get(kind.rpartition(".")[2], fdl.Config)
+        if not (may_be_prepared if made is fdl.Partial else may_be_called)(target):
             self.unknown.setdefault(name, at)
             return None
         arguments: dict[int | str, Any] = {}
@@ -299,7 +301,10 @@ class _Records(Reader):
         if isinstance(target, type) and issubclass(target, Artifact):
             text = arguments.get("attr")  # it stands for a text that names no file
             return _Text(text) if isinstance(text, str) else text
-        return _made(_KINDS.get(kind.rpartition(".")[2], fdl.Config)(target), arguments)
+        try:
+            return _made(made(target), arguments)
+        except (TypeError, ValueError):
+            self._corrupt(at, f"{name:.80} takes no arguments")
 
 
 def _made(record: Any, arguments: Mapping[Any, Any]) -> Any:

@@ -119,7 +119,8 @@ class _Plain:
         if isinstance(value, fdl.Buildable):
             return self._record(value, None, at)
         if isinstance(value, _REFERRED):
-            return self._referred(value, at)
+            self._refer(value, at, names.Use.NAME)
+            return value
         record = getattr(value, "__io__", None)
         if isinstance(record, fdl.Buildable):
             return self._record(record, value, at)
@@ -132,8 +133,7 @@ class _Plain:
         if type(value) is bytes:
             return value
         if isinstance(value, functools.partial):
-            whole = fdl.Partial(value.func, *value.args, **value.keywords)
-            return self._record(whole, None, at)
+            return self._record(self._prepared(value, at), None, at)
         if isinstance(value, PurePath):
             return fdl.Config(Path, str(value))
         if dataclasses.is_dataclass(value):
@@ -146,6 +146,15 @@ class _Plain:
             "made, or pass what it is made from."
         )
 
+    def _prepared(self, value: functools.partial[Any], at: str) -> Any:
+        try:
+            return fdl.Partial(value.func, *value.args, **value.keywords)
+        except (TypeError, ValueError) as error:  # some that are written in C do not say
+            raise Unwritable(
+                f"{at} is {value!r:.200}, and {IO_FILE} holds arguments by the names that a "
+                f"function's signature has: {error}. Pass a function of your own in its place."
+            ) from error
+
     def _key(self, key: Any, at: str) -> Any:
         if type(key) in _LEAVES or isinstance(key, enum.Enum):
             return self.of(key, at)
@@ -156,13 +165,13 @@ class _Plain:
             "as keys. Use one of these."
         )
 
-    def _referred(self, value: Any, at: str) -> Any:
+    def _refer(self, value: Any, at: str, use: names.Use) -> None:
+        """Let this program read what it writes: to be used again as it is used here."""
         if isinstance(value, enum.Enum):
-            names.register(type(value))
+            names.register(type(value), use=use)
         elif not names.is_closed(value):
             self._require_named(value, at)
-            names.register(value)
-        return value
+            names.register(value, use=use)
 
     def _require_named(self, value: Any, at: str) -> None:
         if isinstance(value, MethodType) and not isinstance(value.__self__, type):
@@ -181,7 +190,7 @@ class _Plain:
 
     def _record(self, record: Any, instance: Any, at: str) -> Any:
         made = copy.copy(record)
-        self._referred(fdl.get_callable(record), at)
+        self._refer(fdl.get_callable(record), at, _use(record, instance))
         arguments = made.__arguments__
         for key, value in self._with_artifacts(made, instance, at).items():
             arguments[key] = self.of(
@@ -203,6 +212,15 @@ class _Plain:
                 )
             found[artifact.attr] = artifact.dump(instance, value, self.folder, Path())
         return found
+
+
+def _use(record: Any, instance: Any) -> names.Use:
+    """What this program says by writing ``record`` of a callable."""
+    target = fdl.get_callable(record)
+    if isinstance(record, fdl.Partial):
+        return names.Use.PREPARE
+    is_made_so = instance is not None and type(instance) is target
+    return names.Use.CALL if is_made_so or dataclasses.is_dataclass(target) else names.Use.NAME
 
 
 class _Writer(serialization.Serialization):  # type: ignore[misc]

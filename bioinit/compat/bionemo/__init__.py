@@ -11,8 +11,9 @@ inherit from its ``TransformerConfig``, if it is installed.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bioinit.compat._later import later
 
 if TYPE_CHECKING:
     from bioinit.compat.bionemo.abstract import BionemoModelConfig, BionemoTrainableModelConfig
@@ -56,30 +57,18 @@ __all__ = [
     "update_model_from_checkpoint",
 ]
 
-_HOMES = {
-    "abstract": "BionemoModelConfig BionemoTrainableModelConfig LossType Model ModelOutput "
-    "ModelType",
-    "config": "MegatronBioNeMoModelConfig MegatronBioNeMoTrainableModelConfig",
-    "iomixin_utils": "IOMixinWithGettersSetters WillHaveGetSetHparam",
-    "overrides": "OVERRIDE_BIOBERT_CONFIG_DEFAULTS OVERRIDE_BIONEMO_CONFIG_DEFAULTS "
-    "_OVERRIDE_BIOBERT_CONFIG_DEFAULTS _OVERRIDE_BIONEMO_CONFIG_DEFAULTS",
-    "settings": "IOMixinProto load_settings_from_checkpoint "
-    "override_mutate_possibly_extra_mutated_fiddle",
-    "weight_utils": "load_weights_sharded_inplace_nemo2_to_mcore "
-    "nemo1_to_nemo2_biobert_key_mapping update_model_from_checkpoint",
-}
-_HOME = {name: home for home, named in _HOMES.items() for name in (home, *named.split())}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = importlib.import_module(f"{__name__}.{home}")
-    value = value if home == name else getattr(value, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = later(
+    __name__,
+    {
+        ".abstract": "BionemoModelConfig BionemoTrainableModelConfig LossType Model ModelOutput "
+        "ModelType",
+        ".config": "MegatronBioNeMoModelConfig MegatronBioNeMoTrainableModelConfig",
+        ".iomixin_utils": "IOMixinWithGettersSetters WillHaveGetSetHparam",
+        ".overrides": "OVERRIDE_BIOBERT_CONFIG_DEFAULTS OVERRIDE_BIONEMO_CONFIG_DEFAULTS "
+        "_OVERRIDE_BIOBERT_CONFIG_DEFAULTS _OVERRIDE_BIONEMO_CONFIG_DEFAULTS",
+        ".settings": "IOMixinProto load_settings_from_checkpoint "
+        "override_mutate_possibly_extra_mutated_fiddle",
+        ".weight_utils": "load_weights_sharded_inplace_nemo2_to_mcore "
+        "nemo1_to_nemo2_biobert_key_mapping update_model_from_checkpoint",
+    },
+)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bioinit.compat._capture import IOMixin, IOProtocol, make_known, reinit, track_io
+from bioinit.compat._later import later
 from bioinit.compat._saved import drop_unexpected_params, is_known, load, load_context
-from bioinit.compat.nemo._later import found_later
 from bioinit.compat.nemo.io.pl import TrainerContext
 
 if TYPE_CHECKING:
@@ -54,37 +54,17 @@ __all__ = [
     "track_io",
 ]
 
-_HERE = "bioinit.compat.nemo.io"
-_HOMES = {
-    "is_distributed_ckpt": "bioinit.compat.nemo.ckpt_utils",
-    **{
-        name: f"{_HERE}.connector"
-        for name in (
-            "Connector",
-            "ConnectorMixin",
-            "ModelConnector",
-            "export_ckpt",
-            "import_ckpt",
-            "model_exporter",
-            "model_importer",
-        )
+__getattr__, __dir__ = later(
+    __name__,
+    {
+        ".api": "",
+        ".artifact": "",
+        ".capture": "",
+        ".connector": "Connector ConnectorMixin ModelConnector export_ckpt import_ckpt "
+        "model_exporter model_importer",
+        ".mixin": "",
+        ".pl": "",
+        ".state": "StateDictTransform TransformCTX TransformFns apply_transforms state_transform",
+        "bioinit.compat.nemo.ckpt_utils": "is_distributed_ckpt",
     },
-    **{
-        name: f"{_HERE}.state"
-        for name in (
-            "StateDictTransform",
-            "TransformCTX",
-            "TransformFns",
-            "apply_transforms",
-            "state_transform",
-        )
-    },
-    **{
-        name: f"{_HERE}.{name}"
-        for name in ("api", "artifact", "capture", "connector", "mixin", "pl", "state")
-    },
-}
-
-
-def __getattr__(name: str) -> Any:
-    return found_later(__name__, name, _HOMES)
+)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bioinit.compat._later import later
 from bioinit.compat._saved import load, load_context
-from bioinit.compat.nemo._later import found_later
 from bioinit.compat.nemo.io.pl import TrainerContext
 
 if TYPE_CHECKING:
@@ -27,15 +27,11 @@ __all__ = [
     "model_exporter",
     "model_importer",
 ]
-_CONNECTOR = "bioinit.compat.nemo.io.connector"
-_NAMES = (
-    "export_ckpt",
-    "import_ckpt",
-    "load_connector_from_trainer_ckpt",
-    "model_exporter",
-    "model_importer",
+
+__getattr__, __dir__ = later(
+    __name__,
+    {
+        "bioinit.compat.nemo.io.connector": "export_ckpt import_ckpt "
+        "load_connector_from_trainer_ckpt model_exporter model_importer"
+    },
 )
-
-
-def __getattr__(name: str) -> Any:
-    return found_later(__name__, name, dict.fromkeys(_NAMES, _CONNECTOR))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bioinit.compat._capture import IOMixin, track_io
+from bioinit.compat._later import later
 from bioinit.compat._saved import Artifact, drop_unexpected_params, load
-from bioinit.compat.nemo._later import found_later
 
 if TYPE_CHECKING:
     from bioinit.compat.nemo.io.connector import ConnectorMixin, ModelConnector
@@ -20,10 +20,7 @@ __all__ = [
     "load",
     "track_io",
 ]
-_CONNECTOR = "bioinit.compat.nemo.io.connector"
 
-
-def __getattr__(name: str) -> Any:
-    return found_later(
-        __name__, name, dict.fromkeys(("ConnectorMixin", "ModelConnector"), _CONNECTOR)
-    )
+__getattr__, __dir__ = later(
+    __name__, {"bioinit.compat.nemo.io.connector": "ConnectorMixin ModelConnector"}
+)

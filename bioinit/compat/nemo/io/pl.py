@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from bioinit.compat._capture import IOMixin
+from bioinit.compat._later import later
 from bioinit.compat._saved import register, write_as
-from bioinit.compat.nemo._later import found_later
 from bioinit.errors import ConfigError
 
 if TYPE_CHECKING:
     from bioinit.compat.nemo.ckpt_utils import ckpt_to_weights_subdir, is_distributed_ckpt
 
 __all__ = ["NoContext", "TrainerContext", "ckpt_to_weights_subdir", "is_distributed_ckpt"]
-_PATHS = "bioinit.compat.nemo.ckpt_utils"
 ModelT = TypeVar("ModelT")
 
 
@@ -68,6 +67,6 @@ register(TrainerContext, "nemo.lightning.io.api.TrainerContext", "nemo.lightning
 write_as(TrainerContext, "nemo.lightning.io.pl", "TrainerContext")
 
 
-def __getattr__(name: str) -> Any:
-    names = ("ckpt_to_weights_subdir", "is_distributed_ckpt")
-    return found_later(__name__, name, dict.fromkeys(names, _PATHS))
+__getattr__, __dir__ = later(
+    __name__, {"bioinit.compat.nemo.ckpt_utils": "ckpt_to_weights_subdir is_distributed_ckpt"}
+)

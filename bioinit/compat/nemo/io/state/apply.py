@@ -60,7 +60,8 @@ def apply_transforms(
     """Fill ``target`` from ``source``: stands in for ``nemo.lightning.io.state.apply_transforms``.
 
     The lines of ``mapping`` come first, then ``transforms``, in their order; a later one may write
-    over an earlier one. All is checked before the first parameter changes. What has memory is
+    over an earlier one. All is checked before the first parameter changes: what a function writes
+    into tensors of ``target_state`` goes into copies. What has memory is
     filled where it lies, what is on meta gets memory of its own; parameters keep their ties,
     attributes and ``requires_grad``, buffers stay buffers, and nothing shares memory with the
     source. The original replaces parameters by new ones and loses all these. Tensors of the source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
+from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
 from typing import Any
 
 import torch
@@ -53,28 +53,75 @@ def _memory(tensor: torch.Tensor) -> object:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-class Written(dict[str, Any]):
-    """The target's state dict; knows what was written into it, in place or as an item."""
+class Written(MutableMapping[str, Any]):
+    """The target's state dict; knows what was written into it, in place or as an item.
+
+    Who asks for a tensor gets a copy, always the same one for one memory: the target changes only
+    when all has been decided.
+    """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        super().__init__(state)
-        self._before = {key: (value, _version(value)) for key, value in state.items()}
+        self._held = dict(state)
+        self._copies: dict[object, tuple[torch.Tensor, int]] = {}
         self._set: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._held[key]
+        if key in self._set or not isinstance(value, torch.Tensor):
+            return value
+        memory = _memory(value)
+        if memory not in self._copies:
+            copied = value.detach().clone()
+            self._copies[memory] = copied, _version(copied)
+        return self._copies[memory][0]
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._set.add(key)
-        super().__setitem__(key, value)
+        self._held[key] = value
 
-    def has(self, key: str, now: MutableMapping[str, Any]) -> bool:
+    def __delitem__(self, key: str) -> None:
+        del self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __repr__(self) -> str:
+        return repr(self._held)
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict of the same."""
+        return dict(self)
+
+    def clear(self) -> None:
+        """Let go of all, copies too."""
+        self._held.clear()
+        self._copies.clear()
+
+    def has(self, key: str, now: Mapping[str, Any]) -> bool:
         """Whether ``key`` has got a value; ``now`` is the state dict that came out."""
         if key not in now:
             return False
-        before, version = self._before.get(key, (None, 0))
-        return key in self._set or now[key] is not before or _version(before) != version
+        before = self._held.get(key)
+        copied, version = None, 0
+        if isinstance(before, torch.Tensor):
+            copied, version = self._copies.get(_memory(before), (None, 0))
+        if now is self:
+            return key in self._set or (copied is not None and _version(copied) != version)
+        value = now[key]
+        if key in self._set or copied is None:
+            return key in self._set or value is not before
+        return value is not copied or _version(copied) != version
 
 
 def _version(value: Any) -> int:
     """Counts the writes into a tensor."""
-    if not isinstance(value, torch.Tensor) or value.is_inference():
-        return 0
-    return value._version
+    return 0 if value.is_inference() else int(value._version)
