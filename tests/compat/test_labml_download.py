@@ -39,6 +39,9 @@ class Server(ThreadingHTTPServer):
         self.knows_ranges = True
         self.says_length = True
         self.validator = "ETag"
+        self.minds_if_range = True
+        self.adds: dict[str, str] = {}
+        """Headers of every answer with a file."""
         self.gate: threading.Barrier | None = None
         self.pause = 0.0
 
@@ -73,25 +76,28 @@ class Handler(BaseHTTPRequestHandler):
             server.gate.wait(timeout=10)
         data = server.files[name]
         etag = f'"{hashlib.md5(data).hexdigest()}"'
-        is_same = self.headers.get("If-Range", etag) == etag
-        first = 0
+        is_same = self.headers.get("If-Range", etag) == etag or not server.minds_if_range
+        first, end = 0, len(data)
         if asked and server.knows_ranges and is_same:
-            first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            first, end = int(first), min(len(data), int(last or len(data)) + 1)
             if first >= len(data):
                 self.send_response(416)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
         else:
             self.send_response(200)
         if server.says_length:
-            self.send_header("Content-Length", str(len(data) - first))
+            self.send_header("Content-Length", str(end - first))
         if server.validator:
             self.send_header("ETag", etag)
+        for key, value in server.adds.items():
+            self.send_header(key, value)
         self.end_headers()
-        body = data[first:]
+        body = data[first:end]
         if server.cut_after:
             body = body[: server.cut_after.pop(0)]
         with suppress(ConnectionError):  # who asked may have been killed
@@ -139,8 +145,8 @@ def test_a_checkpoint_comes_whole_and_can_be_read(server, fixtures_dir, tmp_path
     layers = labml.LayerGenerator(n_vocab=128, n_hidden=64, n_layers=3, n_heads=4, path=to)
     assert len(list(layers.load())) == 6
     server.asked.clear()
-    labml.download(base_url=f"{server.url}/", to=to, files=names)
-    assert server.asked == []
+    labml.download(base_url=f"{server.url}/", to=to, files=[f"./{name}" for name in names])
+    assert sorted(server.asked) == sorted((name, "bytes=0-0") for name in names)
 
 
 def test_the_default_is_the_list_and_the_folder_of_the_original(server, tmp_path, monkeypatch):
@@ -183,6 +189,17 @@ def test_a_file_that_changed_on_the_server_is_fetched_from_the_start(server, tmp
         download(server, tmp_path, "a", retries=0)
     server.files["a"] = DATA[::-1]
     server.cut_after = []
+    download(server, tmp_path, "a")
+    assert (tmp_path / "a").read_bytes() == DATA[::-1]
+
+
+def test_a_server_that_goes_on_with_another_file_is_asked_from_the_start(server, tmp_path):
+    server.files["a"] = DATA
+    server.cut_after = [200_000, 0]
+    with pytest.raises(StorageError):
+        download(server, tmp_path, "a", retries=0)
+    server.files["a"] = DATA[::-1]
+    server.cut_after, server.minds_if_range = [], False
     download(server, tmp_path, "a")
     assert (tmp_path / "a").read_bytes() == DATA[::-1]
 
@@ -282,6 +299,43 @@ def test_what_is_here_is_held_against_the_digests_too(server, tmp_path):
     assert (tmp_path / "a").read_bytes() == DATA
 
 
+@pytest.mark.parametrize("lacks", ["", "ranges", "everything", "length"])
+def test_half_a_file_of_the_original_is_known_by_what_the_server_says(
+    server, tmp_path, caplog, lacks
+):
+    server.files = {"a": DATA, "b": b"b", "c": b""}
+    halves = {"a": DATA[:1000], "b": b"b", "c": b""}
+    for name, data in halves.items():
+        (tmp_path / name).write_bytes(data)
+    server.knows_ranges, server.says_length = not lacks, lacks != "length"
+    if lacks == "everything":
+        server.answers = [(503, {})] * 9
+    with caplog.at_level("WARNING"):
+        download(server, tmp_path, *server.files, parallel=1)
+    is_known = lacks in ("", "ranges")
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == (server.files if is_known else halves)
+    said = [record.getMessage() for record in caplog.records]
+    if is_known:
+        assert len(said) == 1 and "a has 1000 bytes, and 307200 on the server" in said[0]
+    else:
+        assert len(said) == len(server.asked) == 1 and "is taken as it is" in said[0]
+
+
+def test_what_is_no_byte_of_the_file_is_not_taken_for_one(server, tmp_path):
+    server.files["a"] = DATA
+    server.adds = {"Content-Encoding": "gzip"}
+    with pytest.raises(StorageError, match="packs it"):
+        download(server, tmp_path, "a")
+    server.says_length, server.adds = False, {"Content-Length": "9" * 5000}
+    with pytest.raises(StorageError, match="does not say how long"):
+        download(server, tmp_path, "a")
+    server.answers = [(206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"})]
+    with pytest.raises(StorageError):
+        download(server, tmp_path, "a", retries=0)
+    assert not (tmp_path / "a").exists()
+
+
 def test_files_come_at_once(server, tmp_path):
     server.gate = threading.Barrier(3)  # answers only when three are asked for together
     server.files = {str(n): DATA[n:] for n in range(6)}
@@ -325,7 +379,7 @@ def test_a_redirect_leads_to_no_file_of_this_machine(server, tmp_path):
     assert (tmp_path / "to/a").read_bytes() == b"b"
 
 
-@pytest.mark.parametrize("name", ["../a", "/a", "", "a/../../b", "a\\b"])
+@pytest.mark.parametrize("name", ["../a", "/a", "", ".", "a/../../b", "a\\b", "\ud800", "a\nb"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(server, tmp_path, name):
     with pytest.raises(ConfigError, match="not the name of a file below"):
         download(server, tmp_path, name)

@@ -15,72 +15,31 @@ import logging
 import os
 import queue
 import re
-import ssl
 import threading
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
-from bioinit.errors import BioinitError, ConfigError, CorruptCheckpoint, StorageError
+from bioinit.compat.labml import _server
+from bioinit.compat.labml._server import Server, Unreachable, extent, is_final, is_of_the_network
+from bioinit.errors import BioinitError, ConfigError, CorruptCheckpoint
 from bioinit.storage import disk_error, run_workers
 from bioinit.storage.lock import locked
-from bioinit.version import __version__
 
 DownloadProgress = Callable[[str, int, int | None], None]
 """Told of a file, how many bytes of it are here, and how many there are, if the server says so."""
 
 _log = logging.getLogger(__name__)
 _CHUNK = 2**20
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
-_WORTH_TRYING_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_FIRST_WAIT = 0.5  # seconds
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _SUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
-class Unreachable(StorageError, urllib.error.URLError):
-    """A server does not give a file."""
-
-    __str__ = Exception.__str__
-
-    def __init__(self, message: str) -> None:
-        StorageError.__init__(self, message)
-        self.reason = message
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where files come from, and how patiently they are asked for."""
-
-    base_url: str
-    timeout: float
-    retries: int
-    opener: urllib.request.OpenerDirector = field(default_factory=lambda: _opener())
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(
-                f"cannot download from {self.base_url!r}: a URL should begin with http:// or "
-                "https:// and name a host. Give the URL of the folder that holds the files."
-            )
-        if self.timeout <= 0 or self.retries < 0:
-            raise ConfigError(
-                f"cannot wait for {self.timeout} s and try again {self.retries} times. Give a "
-                "timeout above 0, and 0 or more retries."
-            )
-
-    def url(self, name: str) -> str:
-        return f"{self.base_url.rstrip('/')}/{quote(name)}"
-
-
 def fetch(
-    source: Source,
+    server: Server,
     names: Sequence[str],
     to: Path,
     digests: Mapping[str, str],
@@ -109,7 +68,7 @@ def fetch(
                 name = waiting.get_nowait()
             except queue.Empty:
                 return
-            _File(source, name, to / name, digests.get(name), tell, stopped).bring()
+            _File(server, name, to / name, digests.get(name), tell, stopped).bring()
 
     run_workers(work, min(parallel, len(names)))
 
@@ -152,15 +111,15 @@ class _File:
 
     def __init__(
         self,
-        source: Source,
+        server: Server,
         name: str,
         place: Path,
         digest: str | None,
         tell: DownloadProgress,
         stopped: threading.Event,
     ) -> None:
-        self.source = source
-        self.url = source.url(name)
+        self.server = server
+        self.url = server.url(name)
         self.name = name
         self.place = place
         self.digest = digest
@@ -172,11 +131,12 @@ class _File:
     def bring(self) -> None:
         """Have the whole file at its place."""
         try:
+            before = self._stamp()
             if self._is_here():
                 return
             self.place.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.place):
-                if self._is_here():  # another process was faster
+                if self._stamp() != before and self._is_here():  # another process was faster
                     return
                 if not self._arrives():
                     return
@@ -186,15 +146,34 @@ class _File:
                 raise
             raise disk_error(error, f"write {self.place}") from error
 
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """What differs when somebody else has put a file here."""
+        if not self.place.is_file():
+            return None
+        found = self.place.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def _is_here(self) -> bool:
+        """Whether the place has the whole file; without a digest, the server says how long it is.
+
+        What this made is whole, but labml leaves half files in the very same folder.
+        """
         if not self.place.is_file():
             return False
         size = self.place.stat().st_size
-        if self.digest is not None and _digest(self.place) != self.digest:
-            _log.warning(
-                "%s is not the file with the sha256 %s: fetching it", self.place, self.digest
-            )
-            return False
+        if self.digest is not None:
+            if _digest(self.place) != self.digest:
+                _log.warning(
+                    "%s is not the file with the sha256 %s: fetching it", self.place, self.digest
+                )
+                return False
+        else:
+            total = self.server.length(self.name)
+            if total not in (None, size):
+                _log.warning(
+                    "%s has %d bytes, and %d on the server: fetching it", self.place, size, total
+                )
+                return False
         self.tell(self.name, size, size)
         return True
 
@@ -206,13 +185,14 @@ class _File:
             try:
                 return self._ask()
             except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, BioinitError) or not _is_of_the_network(error):
+                if isinstance(error, BioinitError) or not is_of_the_network(error):
                     raise
                 # A line that breaks again and again still brings the file, if it brings some of it.
                 tries = 1 if self._have() > before else tries + 1
-                if tries > self.source.retries or _is_final(error):
+                if tries > self.server.retries or is_final(error):
                     raise self._refused(error) from error
-                wait = _said_wait(error) or min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1))
+                longer = min(_server.LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1))
+                wait = _server.said_wait(error) or longer
                 _log.info("%s: %s; asking again in %.1f s", self.url, error, wait)
                 self.stopped.wait(wait)
         return False
@@ -220,14 +200,13 @@ class _File:
     def _ask(self) -> bool:
         """Ask for what is missing, once."""
         have, said = self._begun()
-        headers = {"Accept-Encoding": "identity", "User-Agent": f"bioinit/{__version__}"}
+        headers = {}
         if have:
             headers["Range"] = f"bytes={have}-"
-            if validator := said.get("validator"):
-                headers["If-Range"] = validator
-        request = urllib.request.Request(self.url, headers=headers)
+            if known := said.get("validator"):
+                headers["If-Range"] = known
         try:
-            answer = self.source.opener.open(request, timeout=self.source.timeout)
+            answer = self.server.ask(self.name, headers)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code != 416 or not have:
@@ -237,8 +216,10 @@ class _File:
             self._forget()  # the next try is from the start
             raise http.client.IncompleteRead(b"") from error
         with answer:
-            first, total = _extent(answer.status, answer.headers)
-            if first not in (0, have) or (first and total != said.get("total", total)):
+            first, total = extent(answer.status, answer.headers)
+            known, now = said.get("validator"), _server.validator(answer.headers)
+            is_another = total != said.get("total", total) or (known and now and known != now)
+            if first not in (0, have) or (first and is_another):
                 self._forget()
                 raise http.client.IncompleteRead(b"")
             if total is None and not answer.chunked and self.digest is None:
@@ -306,8 +287,7 @@ class _File:
         return 0, {}
 
     def _write_note(self, total: int | None, headers: Message) -> None:
-        etag = headers.get("ETag", "")
-        validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+        validator = _server.validator(headers)
         note = {"url": self.url, "total": total, "validator": validator}
         self.note.write_text(json.dumps(note), encoding="utf-8")
 
@@ -321,68 +301,12 @@ class _File:
             said = f"HTTP {error.code} {error.reason}"
         cure = (
             "Check the URL and the name of the file."
-            if _is_final(error)
+            if is_final(error)
             else "What has arrived is kept: try again later, or give another base_url."
         )
         return Unreachable(f"cannot download {self.url}: {said}. {cure}")
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """An opener for HTTP alone: a redirect leads to no file of this machine, and to no FTP."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _extent(status: int, headers: Message) -> tuple[int, int | None]:
-    """The first byte of what comes, and how many bytes the file has, if that is said."""
-    if status == 206 and (found := _RANGE.fullmatch(headers.get("Content-Range", ""))):
-        return int(found[1]), None if found[3] == "*" else int(found[3])
-    if status == 206:
-        return -1, None
-    length = headers.get("Content-Length", "")
-    return 0, int(length) if length.isdecimal() else None
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether asking again would bring the same answer."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code not in _WORTH_TRYING_AGAIN
-    if isinstance(error, urllib.error.URLError):
-        return isinstance(error.reason, ssl.SSLCertVerificationError)
-    return isinstance(error, http.client.InvalidURL)
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """Errors of the disk are OSErrors too, but these have a name or come from a socket."""
-    kinds = (
-        urllib.error.URLError,
-        ConnectionError,
-        TimeoutError,
-        ssl.SSLError,
-        http.client.HTTPException,
-    )
-    return isinstance(error, kinds)
-
-
-def _said_wait(error: Exception) -> float | None:
-    """How long the server asks to be left alone."""
-    if isinstance(error, urllib.error.HTTPError):
-        said = error.headers.get("Retry-After", "")
-        if said.isdecimal():
-            return min(float(said), _LONGEST_WAIT)
-    return None

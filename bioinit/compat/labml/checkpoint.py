@@ -13,13 +13,14 @@ from typing import NamedTuple, Self
 import torch
 import yaml
 
-from bioinit.compat.labml._download import DownloadProgress, Source, fetch, read_digests
+from bioinit.compat.labml._download import DownloadProgress, fetch, read_digests
 from bioinit.compat.labml._merge import (
     merge_params_dim_0,
     merge_params_dim_1,
     merge_params_duplicate,
     merge_params_sum,
 )
+from bioinit.compat.labml._server import Server
 from bioinit.contexts import Checkpoint
 from bioinit.errors import ConfigError, StorageError
 from bioinit.formats import open_weights
@@ -187,7 +188,8 @@ def download(
         to: the folder here; :func:`get_checkpoints_download_path` if None.
         files: which files, relative to both.
         sha256: digests by file name, or the path of a file as ``sha256sum`` writes it. What is here
-            already is held against them too, and fetched again if it differs.
+            already is held against them too, and fetched again if it differs. Without one, the
+            server is asked how many bytes the file has, since the original leaves half files.
         parallel: how many files at once.
         progress: told of a file, the bytes of it that are here, and how many it has or None. It may
             be called from several threads, one at a time. If None there is a bar on a terminal.
@@ -203,10 +205,11 @@ def download(
         CorruptCheckpoint: a file does not have its digest.
         ConfigError: an argument makes no sense.
     """
-    names = list(get_files_to_download(n_layers) if files is None else files)
+    given = get_files_to_download(n_layers) if files is None else files
+    names = [str(PurePosixPath(name)) for name in given]
     for name in names:
-        pure = PurePosixPath(name)
-        if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name or "\\" in name:
+        is_below = not name.startswith("/") and ".." not in name.split("/")
+        if name == "." or not is_below or not name.isprintable() or "\\" in name:
             raise ConfigError(
                 f"{name!r} is not the name of a file below the folder. Give names such as "
                 f"'{STEP}/layer_00-model_00-model_states.pt'."
@@ -221,9 +224,9 @@ def download(
             f"there is a sha256 of {unknown[0]!r}, which is none of the {len(names)} files. Name "
             "files as they are listed."
         )
-    source = Source(base_url, timeout, retries)
+    server = Server(base_url, timeout, retries)
     with _told(progress) as tell:
-        fetch(source, list(dict.fromkeys(names)), place, digests, parallel, tell)
+        fetch(server, list(dict.fromkeys(names)), place, digests, parallel, tell)
     return place
 
 
