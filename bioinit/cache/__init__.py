@@ -56,6 +56,7 @@ def keep(
     *,
     about: Mapping[str, str] = _NOTHING,
     overwrite: bool = False,
+    again: bool = False,
     apart: Iterable[Path] = (),
     waiting: Callable[[], None] = _patiently,
 ) -> Path:
@@ -71,6 +72,7 @@ def keep(
         make: fills the new, empty folder that it is given; what it raises leaves nothing.
         about: what people are told of it: ``source``, ``name``, ...
         overwrite: whether what stands at ``place`` and was made of something else is replaced.
+        again: make it, though it is there; the old one stays until the new one is whole.
         apart: what is read meanwhile, which ``place`` may not touch.
         waiting: called again and again while another process makes it; what it raises ends the
             wait.
@@ -84,7 +86,7 @@ def keep(
             make(at)
             mark(at, made_of, about)
 
-    return _kept(place, made_of, fill, overwrite, waiting)
+    return _kept(place, made_of, fill, overwrite or again, waiting, again=again)
 
 
 def keep_in_steps(
@@ -92,6 +94,7 @@ def keep_in_steps(
     made_of: Mapping[str, str],
     make: Callable[[Path, Journal], Mapping[str, str]],
     *,
+    moment: str = "",
     about: Mapping[str, str] = _NOTHING,
     overwrite: bool = False,
     apart: Iterable[Path] = (),
@@ -104,6 +107,8 @@ def keep_in_steps(
         made_of: as above.
         make: fills the folder that it is given, in which an earlier process may have left what the
             journal says is whole. It returns digests that it knows, by file.
+        moment: what was begun is gone on with only where this is the same too: that of
+            :class:`Content`, since a source may have been something else in between.
         about: as above.
         overwrite: as above.
         apart: as above.
@@ -111,9 +116,11 @@ def keep_in_steps(
     """
 
     def fill(final: Path, replace: bool) -> None:
-        with resumable_folder(
-            final, key_of(made_of), overwrite=replace, keep=apart, words=_WORDS
-        ) as (at, journal):
+        work = key_of({**made_of, "moment": moment})
+        with resumable_folder(final, work, overwrite=replace, keep=apart, words=_WORDS) as (
+            at,
+            journal,
+        ):
             mark(at, made_of, about, make(at, journal))
 
     return _kept(place, made_of, fill, overwrite, waiting)
@@ -139,9 +146,11 @@ def _kept(
     fill: Callable[[Path, bool], None],
     overwrite: bool,
     waiting: Callable[[], None],
+    *,
+    again: bool = False,
 ) -> Path:
     final = place_of(made_of) if place is None else Path(os.path.abspath(place.expanduser()))
-    if place is not None and is_made_of(final, made_of):
+    if place is not None and not again and is_made_of(final, made_of):
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +158,9 @@ def _kept(
         raise disk_error(error, f"make the folder {final.parent}") from error
     is_new = place is None and use.begin(final, waiting)
     try:
-        if not is_made_of(final, made_of):
+        if again or not is_made_of(final, made_of):
             with locked(final, use.told(final, waiting)):
-                if not is_made_of(final, made_of):
+                if again or not is_made_of(final, made_of):
                     # What of ours is not whole any more is made again.
                     replace = overwrite or place is None or is_made_of(final, made_of, whole=False)
                     fill(final, replace)

@@ -3,13 +3,19 @@
 The values of the tables are those of nemo-toolkit 2.2.1, on Python 3.11.
 """
 
+import copy
+import functools
+import importlib
 import os
 import pathlib
+import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -247,11 +253,109 @@ def test_a_source_that_changed_is_converted_again(tmp_path, source):
     assert (place / "w").read_text() == "two" and path.exists()
 
 
-def test_a_connector_that_changed_converts_again(source, monkeypatch):
-    Model().import_ckpt(f"hf://{source}")
-    monkeypatch.setattr(_kept.inspect, "getsource", lambda kind: f"other code of {kind}")
-    Model().import_ckpt(f"hf://{source}")
-    assert Importer.times == 2
+THEIRS = """
+from bioinit.compat.nemo import io
+from .table import TABLE, unused
+
+times = 0
+
+def helper(x):
+    return x
+
+@io.state_transform(source_key="a", target_key="b")
+def transform(x):
+    return helper(x)
+
+def nobody(x):
+    return 1
+
+class Theirs(io.ModelConnector):
+    def apply(self, output_path):
+        global times
+        times += 1
+        output_path.mkdir()
+        (output_path / "w").write_text(str(times))
+        self.used = TABLE, transform
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_again"),
+    [
+        ("write_text(str(", "write_text(repr(", True),
+        ("return helper(x)", "return helper(x + 1)", True),  # beside the class, as NeMo does it
+        ("def helper(x):\n    return x", "def helper(x):\n    return 2 * x", True),
+        ('source_key="a"', 'source_key="c"', True),
+        ("TABLE = 1", "TABLE = 2", True),  # in a module that was imported
+        ("return 1", "return 2", False),
+        ("unused = 1", "unused = 2", False),
+        ("times = 0", "times = 0  # counted", True),
+    ],
+)
+def test_a_connector_converts_again_when_something_that_it_uses_has_changed(
+    tmp_path, monkeypatch, source, old, new, is_again
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+
+    def times(change=lambda text: text):
+        for name in ("theirs", "theirs.main", "theirs.table"):
+            sys.modules.pop(name, None)
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        (package / "table.py").write_text(change("TABLE = 1\nunused = 1\n"))
+        (package / "main.py").write_text(change(THEIRS))
+        importlib.invalidate_caches()
+        module = importlib.import_module("theirs.main")
+        for _ in range(2):
+            module.Theirs(str(source))()
+        return module.times
+
+    assert times() == 1, "what counts there is no other connector"
+    assert times(lambda text: text.replace(old, new)) == is_again
+
+
+class Said:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.float16, torch.bfloat16),
+        ([1, {"a": 2}], [1, {"a": 3}]),
+        ((1,), [1]),
+        (1, True),
+        (torch.zeros(2), torch.ones(2)),
+        (Said([1]), Said([2])),
+        (np.arange(5000), np.arange(5000)[::-1]),
+        (functools.partial(max, 1), functools.partial(max, 2)),
+        ({"a", "b"}, {"a", "c"}),
+        (lambda x: x, lambda x: x + 1),
+        (object(), object()),  # nobody can know
+    ],
+)
+def test_other_arguments_are_another_result(tmp_path, source, one, other):
+    class Scaled(Importer):
+        def __new__(cls, path, scale=None):
+            return super().__new__(cls, path)
+
+        def __init__(self, path, scale=None):
+            self.scale = scale
+
+    place = tmp_path / "out"
+    Importer(str(source))(place, said=one)
+    Scaled(str(source), one)()
+    if type(one) is not object:
+        Importer(str(source))(place, said=copy.deepcopy(one))
+        Scaled(str(source), copy.deepcopy(one))()
+        assert (Importer.times, Scaled.times) == (1, 2)
+    with pytest.raises(FileExistsError, match="arguments changed"):  # there: the old one
+        Importer(str(source))(place, said=other)
+    Scaled(str(source), other)()
+    assert Scaled.times == 3
 
 
 def test_what_somebody_else_left_at_the_place_is_taken_as_it_is(tmp_path, source):
@@ -297,6 +401,32 @@ def test_a_failed_import_again_leaves_the_old_one(source):
     with pytest.raises(RuntimeError):
         failing(path, overwrite=True)
     assert (path / "w").read_text() == "one"
+    (source / "w").write_text("two")
+    assert (Model().import_ckpt(f"hf://{source}") / "w").read_text() == "two", "it has its note"
+
+
+def test_two_sources_of_one_name_are_kept_beside_each_other(tmp_path, source):
+    other, moved = tmp_path / "b/my-model", tmp_path / "c/my-model"
+    for folder, text in ((other, "other"), (moved, "one")):
+        folder.mkdir(parents=True)
+        (folder / "w").write_text(text)
+    assert not Importer(str(other)).is_in_cache()
+    paths = [Model().import_ckpt(f"hf://{folder}") for folder in (source, other, moved, other)]
+    assert paths[0] == paths[2] != paths[1] == paths[3] and Importer.times == 2
+    assert [(path / "w").read_text() for path in paths[:2]] == ["one", "other"]
+    assert all(Importer(str(folder)).is_in_cache() for folder in (source, other, moved))
+
+
+def test_a_link_to_a_folder_belongs_to_the_source(tmp_path, source):
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    (source / "link").symlink_to(aside)
+    (aside / "back").symlink_to(source)
+    Model().import_ckpt(f"hf://{source}")
+    (aside / "table").write_text("1")
+    for _ in range(2):
+        Model().import_ckpt(f"hf://{source}")
+    assert Importer.times == 2
 
 
 def test_a_source_that_changes_meanwhile_is_not_kept(source):
@@ -403,12 +533,24 @@ def test_a_killed_import_leaves_nothing_that_looks_finished(tmp_path, source):
 
 
 def test_a_new_commit_on_the_hub_is_converted_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(_kept, "in_cache", lambda name: None)
+    def lies(commit):
+        monkeypatch.setattr(_kept, "in_cache", lambda name, **how: commit and tmp_path / commit)
+
+    class Fetching(Importer):
+        def apply(self, output_path):
+            lies("two")
+            return super().apply(output_path)
+
+    lies(None)
     Importer("org/name")()
-    monkeypatch.setattr(_kept, "in_cache", lambda name: tmp_path / "one")
+    lies("one")
     Importer("org/name")()
     assert Importer.times == 1, "of what was made before it was known, nobody can say"
     Importer("org/name")(overwrite=True)
-    monkeypatch.setattr(_kept, "in_cache", lambda name: tmp_path / "two")
+    lies(None)
+    Fetching("org/other")()
+    Fetching("org/other")()
+    lies("three")
     Importer("org/name")()
-    assert Importer.times == 3
+    Fetching("org/other")()
+    assert (Importer.times, Fetching.times) == (3, 2 + 2)

@@ -175,12 +175,23 @@ def test_a_name_on_the_hub_is_answered_by_its_cache(tmp_path, monkeypatch):
     (repository / "refs/main").write_text("c0ffee")
     snapshot = repository / "snapshots/c0ffee"
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     asked = fake_hub(monkeypatch, snapshot)
     assert ModelConnector("org/name").local_source() == snapshot
     assert ModelConnector("org/name@v2").local_source() == snapshot
     assert asked == [("org/name", None, True), ("org/name", "v2", True)]
+
+
+@pytest.mark.parametrize(
+    "files", [["tokenizer.json"], ["a.safetensors", "model.safetensors.index.json"]]
+)
+def test_a_cache_of_the_hubs_without_all_weights_is_no_answer(tmp_path, monkeypatch, files):
+    for name in files:
+        (tmp_path / name).write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    asked = fake_hub(monkeypatch, tmp_path)
+    assert ModelConnector("org/name").local_source() == tmp_path
+    assert [is_local for _, _, is_local in asked] == [True, False]
 
 
 def fake_hub(monkeypatch, snapshot):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 from bioinit.errors import StorageError
 
+_OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".distcp", ".gguf", ".h5")
+
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
     """Where the files of ``name`` lie: a path as it is, a name on the hub once it has been fetched.
 
-    What the hub's own cache holds is taken without asking the network.
+    What the hub's own cache holds is taken without asking the network, if the weights are there:
+    who asked for a tokenizer alone has left no model.
 
     Args:
         name: a path; or ``ORG/NAME``, also ``ORG/NAME@REVISION``.
@@ -43,8 +47,14 @@ def local_folder(name: str, *, revision: str | None = None) -> Path:
         ) from error
 
 
-def in_cache(name: str, *, revision: str | None = None) -> Path | None:
-    """The folder of ``name`` in the hub's cache on this machine; None if it is not there."""
+def in_cache(name: str, *, revision: str | None = None, whole: bool = True) -> Path | None:
+    """The folder of ``name`` in the hub's cache here; None without it, or without its weights.
+
+    Args:
+        name: as above.
+        revision: as above.
+        whole: whether the weights have to be there.
+    """
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
@@ -54,7 +64,20 @@ def in_cache(name: str, *, revision: str | None = None) -> Path | None:
         found = hub.snapshot_download(repository, revision=commit, local_files_only=True)
     except (OSError, ValueError):  # it is not there, or not a name of the hub's
         return None
-    return Path(found)
+    return Path(found) if not whole or _has_weights(Path(found)) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are weights, and all that an index there tells of."""
+    try:
+        told = [json.loads(index.read_bytes()) for index in folder.glob("*.index.json")]
+        files = {name for index in told for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = set()  # who reads it will say what is wrong with it
+    if all((folder / name).exists() for name in files) and files:
+        return True
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    return not files and not kinds.isdisjoint(_OF_WEIGHTS)
 
 
 def _parted(name: str, revision: str | None) -> tuple[str, str | None]:

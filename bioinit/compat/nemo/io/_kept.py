@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import logging
 import os
 import re
@@ -22,11 +21,15 @@ from bioinit.cache.content import Content
 from bioinit.cache.marker import lacks, read
 from bioinit.compat.nemo._found import UNFINISHED, Unfinished, is_unfinished
 from bioinit.compat.nemo._hub import in_cache
+from bioinit.compat.nemo.io._rules import name_of, rules_of
 from bioinit.errors import CheckpointError, StorageError
 from bioinit.storage import MADE_OF
+from bioinit.version import __version__
 
 _log = logging.getLogger("bioinit")
 _CONTENT = "content"
+_NAME = "source"
+_LETTERS = 8
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -84,6 +87,8 @@ def kept(
         is_ours: nobody chose the place, so what was made of something else is made again.
         seconds: how long to wait for another process.
     """
+    if is_ours:
+        place = place_of(connector, place)
     if place.exists() and not overwrite and not _is_empty(place) and not _is_made(place):
         if is_unfinished(place):
             raise Unfinished(
@@ -94,14 +99,12 @@ def kept(
         _log.info("%s stands there, and was not made by bioinit: it is taken as it is.", place)
         return place
     source = _Source.of(str(connector), place)
-    made_of = _rules(connector, kwargs) | {"source": str(connector), _CONTENT: source.digest}
-    if overwrite:
-        if _is_made(place):
-            # Without its note it is somebody's; the cache replaces it when the new one is whole.
-            (place / MADE_OF).unlink(missing_ok=True)
-    elif _fits(place, made_of):
+    made_of = rules_of(connector, kwargs) | {_NAME: str(connector), _CONTENT: source.digest}
+    if is_ours:
+        made_of["bioinit"] = __version__
+    if not overwrite and _fits(place, made_of):
         return place
-    elif _is_made(place) and not is_ours and not _is_broken(place):
+    if not overwrite and not is_ours and _is_made(place) and not _is_broken(place):
         raise Changed(
             f"{place} exists, and was made of something else than {connector} is now: "
             f"{', '.join(_differing(place, made_of))} changed. Make it again with overwrite=True, "
@@ -125,14 +128,17 @@ def kept(
             raise _Elsewhere(_aside(at, place, result, connector))
         if source.content is not None:
             source.content.require_unchanged()
+        elif not source.is_settled:  # apply has fetched it
+            made_of[_CONTENT] = _Source.of(str(connector), place).digest
 
     try:
         cache.keep(
             place,
             made_of,
             make,
-            about={"source": str(connector), "name": _name(type(connector))},
-            overwrite=overwrite or (is_ours and _is_made(place)),
+            about={_NAME: str(connector), "name": name_of(type(connector))},
+            overwrite=is_ours and _is_made(place),
+            again=overwrite,
             apart=source.paths,
             waiting=_until(time.monotonic() + seconds, place),
         )
@@ -147,6 +153,19 @@ def kept(
     if overwrite:  # of what stood there before
         place.with_name(place.name + UNFINISHED).unlink(missing_ok=True)
     return place / returned[0] if returned else place
+
+
+def place_of(connector: Makes, place: Path) -> Path:
+    """``place``, or one beside it if another source of the same name is kept there."""
+    note = read(place) if _is_made(place) else None
+    name = str(connector)
+    if note is None or note.made_of.get(_NAME) == name:
+        return place
+    content = _Source.of(name, place).digest
+    if content and content == note.made_of.get(_CONTENT):
+        return place
+    told_apart = content or hashlib.sha256(os.fsencode(name)).hexdigest()
+    return place.with_name(f"{place.name}-{told_apart[:_LETTERS]}")
 
 
 def is_kept(place: Path) -> bool:
@@ -179,42 +198,15 @@ def _differing(place: Path, made_of: Mapping[str, str]) -> list[str]:
     if note is None:
         return ["its note"]
     found = []
+    contents = note.made_of.get(_CONTENT), made_of[_CONTENT]
     for name in sorted({*note.made_of, *made_of}):
         was, is_now = note.made_of.get(name, ""), made_of.get(name, "")
+        if name == _NAME and contents[0] == contents[1] != "":
+            continue  # it has moved
         # The content of a name on the hub is known only once it has been fetched.
         if was != is_now and not (name == _CONTENT and (not was or not is_now)):
             found.append(name)
     return found
-
-
-def _rules(connector: Makes, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """What decides what is made, beside the source: the connector's own code, and arguments."""
-    own = [
-        kind
-        for kind in type(connector).__mro__
-        if not kind.__module__.startswith(("bioinit.", "pathlib", "typing", "builtins"))
-    ]
-    code = hashlib.sha256()
-    for kind in own:
-        code.update(_name(kind).encode())
-        try:
-            code.update(inspect.getsource(kind).encode())
-        except (OSError, TypeError):  # typed in by hand
-            continue
-    said = {key: value for key, value in kwargs.items() if _is_plain(value)}
-    return {
-        "connector": _name(type(connector)),
-        "rules": code.hexdigest(),
-        "arguments": repr(sorted(said.items())),
-    }
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | type(None))
 
 
 class _Source(NamedTuple):
@@ -223,6 +215,8 @@ class _Source(NamedTuple):
     digest: str
     content: Content | None
     paths: tuple[Path, ...]
+    is_settled: bool
+    """Whether it is all here, so that nothing newer will be fetched."""
 
     @classmethod
     def of(cls, source: str, place: Path) -> _Source:
@@ -230,9 +224,11 @@ class _Source(NamedTuple):
         path = Path(source).expanduser()
         if path.exists():
             content = cache.content_of(_files(path, place))
-            return cls(content.digest, content, (path,))
-        found = in_cache(source) if _ON_THE_HUB.fullmatch(source) else None
-        return cls("", None, ()) if found is None else cls(found.name, None, (found,))
+            return cls(content.digest, content, (path,), True)
+        found = in_cache(source, whole=False) if _ON_THE_HUB.fullmatch(source) else None
+        if found is None:
+            return cls("", None, (), False)
+        return cls(found.name, None, (found,), in_cache(source) is not None)
 
 
 def _files(source: Path, place: Path) -> Iterator[Path]:
@@ -240,9 +236,15 @@ def _files(source: Path, place: Path) -> Iterator[Path]:
     if source.is_file():
         yield source
         return
-    for where, folders, names in os.walk(source):
+    seen = set()
+    for where, folders, names in os.walk(source, followlinks=True):
         here = Path(where)
-        folders[:] = [name for name in folders if not _is_of(here / name, place)]
+        seen.add(here.resolve())  # a link may lead back
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_of(here / name, place) and (here / name).resolve() not in seen
+        ]
         yield from (
             path for name in names if not _is_of(path := here / name, place) and path.is_file()
         )
@@ -272,9 +274,9 @@ def _aside(at: Path, place: Path, result: Any, connector: Makes) -> Path:
     if result is not None and Path(result).exists():
         return Path(result)
     raise MadeNothing(
-        f"{_name(type(connector))}.apply({str(connector)!r}) made nothing: there is neither a file "
-        f"nor a folder at the output_path it was given. Write the result to output_path, or return "
-        "where it lies."
+        f"{name_of(type(connector))}.apply({str(connector)!r}) made nothing: there is neither a "
+        "file nor a folder at the output_path it was given. Write the result to output_path, or "
+        "return where it lies."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from bioinit.compat.nemo._hub import local_folder
 from bioinit.compat.nemo.caches import cache_home, models_cache
 from bioinit.compat.nemo.ckpt_utils import NoName
-from bioinit.compat.nemo.io._kept import is_kept, kept
+from bioinit.compat.nemo.io._kept import is_kept, kept, place_of
 from bioinit.compat.nemo.io._models import (
     Conversion,
     give_tokenizer,
@@ -132,7 +132,7 @@ class Connector(PosixPath, Generic[SourceT, TargetT]):
 
     def is_in_cache(self, base_path: Path | None = None) -> bool:
         """Whether the result is there, whole."""
-        return is_kept(self.local_path(base_path))
+        return is_kept(place_of(self, self.local_path(base_path)))
 
     def local_source(self) -> Path:
         """The source's files: a path as it is; ``ORG/NAME`` from the Hugging Face hub.
