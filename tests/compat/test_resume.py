@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bioinit.compat import nemo
 from bioinit.compat.nemo import io
@@ -35,6 +36,10 @@ TABLE = {
     "unfinished": (["a--last/", "a--last-unfinished"], UNFINISHED, UNFINISHED),
     "one of two unfinished": (["a--last/", "b--last/", "b--last-unfinished"], "a--last", "a--last"),
     "unfinished end": (["a--end/", "a--end-unfinished", "b--last/"], *[UNFINISHED_END] * 2),
+    "a link to an unfinished one": (
+        ["a/", "a-unfinished", "b--last@a"],
+        *[UNFINISHED] * 2,
+    ),  # there: b--last
     "files": (["a--last.ckpt", "x-last"], NONE, NONE),
     "other names": (["step=1/weights/"], NONE, NONE),
 }
@@ -54,6 +59,10 @@ def lay(folder, entries):
         path = folder / entry
         if entry.endswith("/"):
             path.mkdir(parents=True)
+        elif "@" in entry:
+            link, target = entry.split("@")
+            (folder / link).symlink_to(target)
+            continue
         else:
             path.write_text("")
         top = folder / entry.split("/")[0]
@@ -152,10 +161,13 @@ def test_a_checkpoint_that_is_not_there_is_an_error_at_once(tmp_path):
 
 
 def test_a_named_checkpoint_that_was_never_finished_is_refused(tmp_path):
-    lay(tmp_path, ["a/weights/", "a-unfinished"])
-    for named in ("a", "a/weights"):
+    lay(tmp_path, ["a/weights/", "a-unfinished", "link@a"])
+    for named in ("a", "a/weights", "link", "a/weights/.."):
         with pytest.raises(ValueError, match="never finished"):
             AutoResume(resume_from_path=str(tmp_path / named)).get_trainer_ckpt_path()
+    start = RestoreConfig(path=str(tmp_path / "a"), load_artifacts=False)
+    with pytest.raises(ValueError, match="never finished"):
+        AutoResume(restore_config=start).setup(trainer())
 
 
 def test_an_adapter_says_on_which_model_it_was_trained(tmp_path):
@@ -183,9 +195,10 @@ def test_the_model_of_an_adapter_may_have_moved(tmp_path, caplog):
     assert "trained on /gone/base" in caplog.text
     resume.restore_config = None
     assert resume.get_trainer_ckpt_path().base_model_path == Path("/gone/base")
-    notes.write_text("{}")
-    with pytest.raises(CorruptCheckpoint, match="does not say on which model"):
-        resume.get_trainer_ckpt_path()
+    for said in ("{}", '{"model_ckpt_path": ""}', '{"model_ckpt_path": "a\\u0000"}', "[" * 99999):
+        notes.write_text(said)
+        with pytest.raises(CorruptCheckpoint, match="does not say on which model"):
+            resume.get_trainer_ckpt_path()
 
 
 def test_an_adapter_path_of_ones_own_goes_with_what_is_found(tmp_path):
@@ -194,6 +207,11 @@ def test_an_adapter_path_of_ones_own_goes_with_what_is_found(tmp_path):
         resume_if_exists=True, resume_from_directory=tmp_path, adapter_path="ad"
     ).get_trainer_ckpt_path()
     assert (second, second.base_model_path) == (Path("ad"), tmp_path / "a--last/weights")
+    lay(tmp_path, ["flat/"])
+    for named, base in (("a--last", "a--last/weights"), ("flat", "flat")):  # there: forgotten
+        third = AutoResume(resume_from_path=tmp_path / named, adapter_path="ad")
+        found = third.get_trainer_ckpt_path()
+        assert (found, found.base_model_path) == (Path("ad"), tmp_path / base)
     first = AutoResume(resume_if_exists=True, dirpath=tmp_path, adapter_path="ad").nemo_path()
     assert (first, first.adapter_path) == (tmp_path / "a--last", Path("ad"))
 
@@ -216,6 +234,21 @@ def test_the_first_generation_imports_and_looks_at_nothing_else(tmp_path, caplog
     assert "nothing else is looked at" in caplog.text
     with_adapter = AutoResume(import_path="hf://org/m", adapter_path="/ad").nemo_path(model)
     assert with_adapter == tmp_path / "m" and with_adapter.adapter_path == Path("/ad")
+
+
+def test_the_trainer_is_told_by_what_it_is_and_not_by_where_it_stands(tmp_path):
+    class Imported(torch.nn.Module):
+        def import_ckpt(self, path):
+            return tmp_path
+
+    for model in (Imports(tmp_path), Imported()):
+        for order in (1, -1):  # (model, trainer) in the first generation, June 2024
+            found = trainer()
+            AutoResume(import_path="hf://org/m").setup(*(model, found)[::order])
+            assert found.ckpt_path == tmp_path
+            assert not hasattr(model, "ckpt_path")
+    with pytest.raises(TypeError, match="where a trainer was expected"):
+        AutoResume(path=str(tmp_path)).setup(Imported())
 
 
 def test_the_first_generation_starts_from_a_path_where_nothing_was_found(tmp_path, caplog):

@@ -83,7 +83,9 @@ def _finished(found: list[Any], kind: str) -> list[Any]:
 
 def is_unfinished(path: Any) -> bool:
     """Whether the program that wrote ``path`` was stopped before it was done."""
-    return bool((path.parent / (path.name + UNFINISHED)).exists())
+    # A link is as whole as what it leads to.
+    places = [path, path.resolve()] if isinstance(path, Path) else [path]
+    return any((place.parent / (place.name + UNFINISHED)).exists() for place in places)
 
 
 def _newest(found: list[Any]) -> Any:

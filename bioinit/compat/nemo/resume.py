@@ -14,9 +14,12 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from bioinit.compat._capture import IOProtocol
 from bioinit.compat._saved import load_context
 from bioinit.compat.nemo._found import (
+    UNFINISHED,
     AlreadyEnded,
     NotFoundError,
     Unfinished,
@@ -48,6 +51,10 @@ class NotImportable(ConfigError, ValueError, AssertionError):
 
 class NoFabric(ConfigError, NotImplementedError):
     """It was given a ``Fabric``, which no generation of it supports."""
+
+
+class NoTrainer(ConfigError, TypeError):
+    """It was given a model, and nobody who is to be told."""
 
 
 @dataclass
@@ -104,10 +111,21 @@ class AutoResume:
         ``restore_config``, with the path resolved in a copy of it. A tokenizer that was saved along
         becomes the model's if ``restore_config`` wants artifacts.
 
+        The first generation had them the other way round, ``setup(model, trainer)``: which is which
+        is told by what they are.
+
         Raises:
             NoFabric: ``trainer`` is a Fabric.
+            NoTrainer: there is a model only; it is a ``TypeError`` too.
             BioinitError: see :meth:`nemo_path` and :meth:`get_trainer_ckpt_path`.
         """
+        if not _is_trainer(trainer) and _is_trainer(model):
+            trainer, model = model, trainer
+        if isinstance(trainer, nn.Module):
+            raise NoTrainer(
+                f"setup was given a model, {type(trainer).__name__}, where a trainer was expected: "
+                "call setup(trainer, model), or setup(model, trainer) as the first generation did."
+            )
         for cls in type(trainer).__mro__:
             if cls.__name__ == "Fabric" and cls.__module__.startswith(("lightning", "nemo.")):
                 raise NoFabric(
@@ -171,6 +189,8 @@ class AutoResume:
             given = _existing(self.resume_from_path)
             found = self.get_weights_path(given)
             if not found.is_dir():
+                if self.adapter_path:
+                    return AdapterPath(self.adapter_path, base_model_path=given)
                 declared: Path = self.resume_from_path  # type: ignore[assignment]
                 return declared
             adapter = given
@@ -180,8 +200,8 @@ class AutoResume:
                 return None
             inner = self.get_weights_path(found)
             adapter = found = inner if inner.is_dir() else found
-            if self.adapter_path:
-                return AdapterPath(self.adapter_path, base_model_path=found)
+        if self.adapter_path:
+            return AdapterPath(self.adapter_path, base_model_path=found)
         if (found / ADAPTER_META_FILENAME).exists():
             return AdapterPath(str(adapter), base_model_path=self._base_of_adapter(found))
         weights: Path = found
@@ -258,6 +278,13 @@ class AutoResume:
 
     def _start_from(self, config: RestoreConfig, trainer: Any, model: Any) -> None:
         path = self._extract_path(config.path, model)
+        if path.exists():
+            path = _existing(path)
+        elif config.load_artifacts:
+            raise NotFoundError(
+                f"cannot start from {config.path}: {path} is not there. Give the folder of a "
+                "checkpoint, or convert it first: model.import_ckpt('hf://ORG/NAME')."
+            )
         if config.adapter_path:
             inner = self.get_weights_path(config.adapter_path)
             adapter = inner if inner.is_dir() else as_path(config.adapter_path)
@@ -265,11 +292,6 @@ class AutoResume:
         self.restore_config = replace(config, path=str(path))
         trainer.strategy.restore_config = self.restore_config
         if config.load_artifacts:
-            if not path.exists():
-                raise NotFoundError(
-                    f"cannot start from {config.path}: {path} is not there. Give the folder of a "
-                    "checkpoint, or convert it first: model.import_ckpt('hf://ORG/NAME')."
-                )
             _restore_tokenizer(model, _context_of(path))
 
     def _extract_path(self, path: str, model: Any = None) -> Any:
@@ -285,8 +307,11 @@ class AutoResume:
         """The model on which the adapter in ``weights`` was trained."""
         notes = weights / ADAPTER_META_FILENAME
         try:
-            trained_on = Path(json.loads(notes.read_text())["model_ckpt_path"])
-        except (ValueError, KeyError, TypeError) as error:
+            said = json.loads(notes.read_text())["model_ckpt_path"]
+            if not said or "\0" in said:
+                raise ValueError(f"no path: {said!r}")
+            trained_on = Path(said)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpoint(
                 f"{notes} does not say on which model the adapter was trained ({error!r}): it "
                 "should be JSON with model_ckpt_path. Write it there, or use another checkpoint."
@@ -306,6 +331,13 @@ class AutoResume:
         return trained_on
 
 
+def _is_trainer(value: Any) -> bool:
+    """Whether ``value`` is told what to go on with: it has what every Lightning trainer has."""
+    return not isinstance(value, nn.Module) and (
+        hasattr(value, "checkpoint_callback") or type(value).__name__ == "Fabric"
+    )
+
+
 def _existing(path: Any) -> Any:
     """``path``, which a person named, if there is a whole checkpoint."""
     found = as_path(path)
@@ -317,9 +349,9 @@ def _existing(path: Any) -> Any:
     home = found.parent if found.name == WEIGHTS_PATH else found
     if is_unfinished(home):
         raise Unfinished(
-            f"cannot resume from {path}: it was never finished, since its writer left "
-            f"{home.name}-unfinished beside it. Use an earlier checkpoint, or, if you know that "
-            "this one is whole, remove that marker."
+            f"cannot go on with {path}: it was never finished, since its writer left a marker, "
+            f"*{UNFINISHED}, beside it. Use an earlier checkpoint, or, if you know that this one "
+            "is whole, remove that marker."
         )
     return found
 
