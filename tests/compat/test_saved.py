@@ -421,6 +421,28 @@ def test_a_file_outside_is_refused(path, tmp_path):
     file.write_text(file.read_text().replace('"vocab.txt"', json.dumps(path)))
     with pytest.raises(RefusedCheckpoint, match="leads out of the checkpoint"):
         io.load(tmp_path / "out")
+    file.write_text(file.read_text().replace("Attr(name='vocab_file')", "Index(index=0)"))
+    with pytest.raises(RefusedCheckpoint, match="leads out of the checkpoint"):
+        io.load(tmp_path / "out")
+
+
+def test_text_that_names_a_file_elsewhere_is_refused(tmp_path):
+    there = tmp_path / "there.txt"
+    Pair(Tokenizer(str(there), "plain")).io_dump(tmp_path / "out")
+    assert io.load(tmp_path / "out").p.vocab_file == str(there)  # which names no file, as then
+    there.write_text("a file by now")
+    with pytest.raises(RefusedCheckpoint, match="leads out of the checkpoint"):
+        io.load(tmp_path / "out")
+
+
+def test_names_beyond_all_length_are_names_of_no_file(tmp_path):
+    (tmp_path / "vocab.txt").write_text("x")
+    Pair(Tokenizer(tmp_path / "vocab.txt", "plain")).io_dump(tmp_path)
+    file = tmp_path / "io.json"
+    file.write_text(file.read_text().replace('"vocab.txt"', json.dumps("a" * 5000)))
+    assert io.load(tmp_path).p.vocab_file == str(tmp_path / ("a" * 5000))
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        io.load("a" * 5000)
 
 
 def test_arguments_that_a_class_has_lost_are_dropped(tmp_path, caplog):
@@ -542,6 +564,16 @@ def test_objects_of_no_use_are_errors_of_ours(items, kind, error, what, tmp_path
         io.load(tmp_path)
 
 
+def test_a_set_as_a_key_is_damage(tmp_path):
+    def made(kind, items, metadata=None):
+        return {"type": pyref(f"builtins.{kind}"), "items": items, "metadata": metadata}
+
+    keys = made("tuple", [["Index(index=0)", made("set", [])]])
+    at_p(tmp_path, made("dict", [["Key(key='a')", {"type": "leaf", "value": 1}]], keys))
+    with pytest.raises(CorruptCheckpoint, match="what cannot be a key is one"):
+        io.load(tmp_path)
+
+
 @pytest.mark.parametrize("place", ["Index(index=7)", "Index(index=-1)", "Somewhere()"])
 def test_an_argument_at_no_place_is_damage(place, tmp_path):
     Pair(1).io_dump(tmp_path)
@@ -549,6 +581,37 @@ def test_an_argument_at_no_place_is_damage(place, tmp_path):
     file.write_text(file.read_text().replace("Attr(name='p')", place))
     with pytest.raises(CorruptCheckpoint, match="is no place of an argument"):
         io.load(tmp_path)
+
+
+class Places(io.IOMixin):
+    def __init__(self, a, /, b, *rest):
+        self.given = (a, b, *rest)
+
+
+@pytest.mark.parametrize(
+    "places, given",
+    [
+        ([0, 1, 2], (0, 1, 2)),
+        ([0, "b", 2, 3], (0, "b", 2, 3)),
+        ([2, 1, 0], (0, 1, 2)),
+        ([0, 1, 3], None),
+        ([0, 2], None),
+        ([0, 1, "b"], None),
+    ],
+)
+def test_arguments_by_position_have_each_its_place(places, given, tmp_path):
+    Places(0, 1).io_dump(tmp_path)
+    document = json.loads((tmp_path / "io.json").read_text())
+    document["objects"]["places_1"]["items"] = [
+        [f"Attr(name='{p}')" if p == "b" else f"Index(index={p})", {"type": "leaf", "value": p}]
+        for p in places
+    ]
+    (tmp_path / "io.json").write_text(json.dumps(document))
+    if given is None:
+        with pytest.raises(CorruptCheckpoint, match=r"no (such )?place"):
+            io.load(tmp_path)
+    else:
+        assert io.load(tmp_path).given == given
 
 
 def test_a_file_beyond_all_measure_is_not_read(tmp_path):

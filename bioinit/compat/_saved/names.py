@@ -123,7 +123,7 @@ def may_be_prepared(value: Any) -> bool:
 
 
 def _allowed(value: Any) -> Use:
-    if any(value is known for name, known in _torch().items() if name.startswith("torch.nn")):
+    if isinstance(value, type) and any(value is known for known in _torch().values()):
         return Use.CALL
     signed, use = _signed(dotted(value)) if dataclasses.is_dataclass(value) else (ABSENT, Use.NAME)
     allowed = [use for held, use in list(_HELD.values()) if _same(held, value)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +79,8 @@ def load(
         ConfigError: there is nothing at ``subpath``.
     """
     place = Path(path)
-    file = place / IO_FILE if place.is_dir() else place
-    if not file.is_file():
+    file = place / IO_FILE if os.path.isdir(place) else place
+    if not os.path.isfile(file):
         raise MissingContext(
             f"No such file: '{file}'. Give the folder into which io_dump wrote, or a checkpoint "
             f"that has a folder {_CONTEXT}."
@@ -258,7 +259,10 @@ class _Records(Reader):
         return found
 
     def _object(self, node: dict[str, Any], kind: str, at: str, depth: int) -> tuple[Any, int]:
-        value, size = super()._object(node, kind, at, depth)
+        try:
+            value, size = super()._object(node, kind, at, depth)
+        except TypeError:
+            self._corrupt(at, "what cannot be a key is one")
         if kind == "builtins.bytes":
             return bytes.fromhex(value), size
         try:
@@ -298,13 +302,39 @@ class _Records(Reader):
             if match is None or (is_index and int(match[3]) not in range(len(pairs))):
                 self._corrupt(at, f"{place:.80} is no place of an argument")
             arguments[int(match[3]) if is_index else match[1] or match[2] or ""] = value
+        named = _by_name(target, arguments)
+        if named is None:
+            self._corrupt(at, f"{name:.80} has no such places of arguments")
         if isinstance(target, type) and issubclass(target, Artifact):
             text = arguments.get("attr")  # it stands for a text that names no file
             return _Text(text) if isinstance(text, str) else text
         try:
-            return _made(made(target), arguments)
+            return _made(made(target), named)
         except (TypeError, ValueError):
             self._corrupt(at, f"{name:.80} takes no arguments")
+
+
+def _by_name(target: Any, arguments: Mapping[int | str, Any]) -> dict[int | str, Any] | None:
+    """The arguments, by name where they have one; None if some stand at no place of ``target``."""
+    known = _parameters(target)
+    parameters = [] if known is None else list(known.values())
+    found: dict[int | str, Any] = {}
+    for key, value in arguments.items():
+        at = parameters[key] if isinstance(key, int) and key < len(parameters) else None
+        name = at.name if at is not None and at.kind is at.POSITIONAL_OR_KEYWORD else key
+        if name in found:
+            return None
+        found[name] = value
+    first = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), None)
+    alone = {i for i, p in enumerate(parameters) if p.kind is p.POSITIONAL_ONLY}
+    rest = sorted(key for key in found if isinstance(key, int) and key not in alone)
+    if not rest or known is None:
+        return found
+    before = parameters[:first]
+    is_filled = all(i in found or p.name in found for i, p in enumerate(before))
+    if first is None or not is_filled or rest != list(range(first, first + len(rest))):
+        return None
+    return found
 
 
 def _made(record: Any, arguments: Mapping[Any, Any]) -> Any:
@@ -335,9 +365,13 @@ def _find_artifacts(value: Any, file: Path, seen: set[int]) -> None:
         if artifact.skip or not isinstance(named, str | Path) or isinstance(named, _Text):
             continue
         kept = file.parent / inside(str(named), str(file), artifact.attr)
-        if kept.exists() or not isinstance(artifact, DirArtifact):  # which keeps other text as is
+        if os.path.exists(kept) or not isinstance(
+            artifact, DirArtifact
+        ):  # which keeps other text as is
             arguments[artifact.attr] = str(kept)
     for name, item in list(arguments.items()):
         if isinstance(item, _Text):
+            if os.path.exists(item):  # it named no file when it was written
+                inside(item, str(file), name)
             arguments[name] = str(item)
         _find_artifacts(item, file, seen)
