@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 import bioinit
 from bioinit import cache, families, ranks
 from bioinit.cache import content, use
+from bioinit.convert import decided as decided_room
 from bioinit.convert.decided import Writing
 from bioinit.errors import ConfigError, CorruptCheckpoint, PlanError, StorageError
 from bioinit.initialize import once
@@ -174,6 +175,26 @@ def test_a_changed_byte_of_any_file_is_another_checkpoint(nemo: Path, conversion
     assert len(conversions) == len(cache.entries()) == 3
     (nemo / "README.md").write_text("nothing that anybody reads")
     assert ask() == found
+
+
+def test_what_was_begun_with_other_bytes_is_not_gone_on_with(worlds: Path, nemo: Path):
+    weights = next((nemo / "weights").glob("*.distcp"))
+
+    def killed() -> None:
+        def dies(*given: Any) -> None:
+            changed_byte(weights)
+            write(*given)
+            os.kill(os.getpid(), 9)
+
+        write, decided_room._write = decided_room._write, dies  # type: ignore[assignment]
+        asking(nemo)()
+
+    assert ended(started(killed)) == -9
+    assert [entry.state for entry in cache.entries()] == ["unfinished"]
+    changed_byte(weights)  # and is what it was
+    whole = values(bioinit.initialize(record(nemo)))
+    expected = values(bioinit.initialize(record(worlds / "hf")))
+    assert all(torch.equal(value, whole[name]) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("when", ["known", "read"])

@@ -48,6 +48,14 @@ class Content(NamedTuple):
     read: int
     """Bytes that had to be read to know it."""
 
+    @property
+    def moment(self) -> str:
+        """The same only as long as nobody has written any of the files, be it what was there."""
+        if any(look.is_recent for look in self.files):  # the next change may leave the same times
+            return secrets.token_hex(16)
+        said = [[os.fspath(look.path), *look.identity] for look in self.files]
+        return hashlib.sha256(json.dumps(said).encode("utf-8", "surrogatepass")).hexdigest()
+
     def require_unchanged(self) -> None:
         """Look whether all files are still what they were.
 
@@ -185,6 +193,10 @@ def _hash(path: Path, buffer: memoryview, stopped: threading.Event) -> tuple[str
     found = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
+            # Who writes through memory that was written before moves no time until that is on
+            # the disk; from then on each first write does.
+            with suppress(OSError):
+                os.fdatasync(file.fileno())
             before = _of(os.fstat(file.fileno()))
             while (size := file.readinto(buffer)) and not stopped.is_set():
                 found.update(buffer[:size])

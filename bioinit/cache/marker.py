@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.storage import MADE_OF, Folder, Journal, disk_error
+from bioinit.storage.folder import stays_inside
 
 _NOTHING: Mapping[str, str] = {}
 
@@ -71,7 +73,7 @@ def read(folder: Path) -> Marker | None:
         return None
     try:
         return _checked(said)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -130,14 +132,14 @@ def digest_of(path: Path) -> str:
 
 
 def _checked(said: Any) -> Marker | None:
-    if not isinstance(said, dict):
+    tables = [said[name] for name in ("made_of", "about", "files")]
+    if not all(isinstance(table, dict) for table in tables):
         return None
-    made_of, about = (
-        {str(key): str(value) for key, value in dict(said[name]).items()}
-        for name in ("made_of", "about")
-    )
-    files = {str(name): (int(size), str(digest)) for name, (size, digest) in said["files"].items()}
-    return Marker(made_of, about, files, float(said["made"]))
+    made_of, about = ({key: str(value) for key, value in t.items()} for t in tables[:2])
+    files = {name: (int(size), str(digest)) for name, (size, digest) in tables[2].items()}
+    made = float(said["made"])
+    is_sound = math.isfinite(made) and all(map(stays_inside, files))
+    return Marker(made_of, about, files, made) if is_sound else None
 
 
 def _files_in(folder: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,11 +66,16 @@ def verify(kept: Kept) -> list[str]:
 
 
 def prune(
-    *, older_than: float | None = None, most: int | None = None, everything: bool = False
+    *,
+    keys: Collection[str] = (),
+    older_than: float | None = None,
+    most: int | None = None,
+    everything: bool = False,
 ) -> Removed:
     """Remove what nobody uses: what is damaged or unfinished, and what is said here.
 
     Args:
+        keys: these, and nothing else.
         older_than: seconds since it was asked for the last time.
         most: bytes that may stay; what was not asked for the longest time goes first.
         everything: all of it.
@@ -86,14 +91,16 @@ def prune(
     for kept in sorted(held, key=lambda kept: (kept.state == "whole", kept.used)):
         is_old = older_than is not None and now - kept.used > older_than
         is_much = most is not None and total > most
-        if not (everything or is_old or is_much or kept.state != "whole"):
+        is_asked = everything or is_old or is_much or kept.state != "whole"
+        if not (kept.key in keys if keys else is_asked):
             continue
         if _remove(kept):
             removed.append(kept)
             total -= kept.bytes
         else:
             spared.append(kept)
-    _tidy(now, older_than, everything)
+    if not keys:
+        _tidy(now, older_than, everything)
     return Removed(tuple(removed), tuple(spared))
 
 
@@ -160,7 +167,10 @@ def _remove(kept: Kept) -> bool:
         if going == final:
             going = final.parent / f".{kept.key}.{os.getpid()}.{secrets.token_hex(4)}.partial"
             os.rename(final, going)
-        shutil.rmtree(going)
+        if os.path.islink(going):  # what somebody moved to another disk is theirs
+            os.unlink(going)
+        else:
+            shutil.rmtree(going)
     except FileNotFoundError:
         pass  # somebody else took it
     except OSError as error:

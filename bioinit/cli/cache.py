@@ -20,7 +20,7 @@ _KEY_SHOWN = 12
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
     parser.add_argument("what", choices=("list", "verify", "prune"), help="what to do")
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="of verify: these alone")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="of verify and prune: these alone")
     add = parser.add_argument
     add("--older-than", metavar="AGE", help="of prune: not used for so long; 30d, 12h, 2w")
     add("--most", metavar="SIZE", help="of prune: what may stay, the last used of it; 100GB")
@@ -51,10 +51,10 @@ def _require_fitting(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"{', '.join(said)} means nothing to `cache {given.what}`. Write `bioinit cache prune`."
         )
-    if given.what != "verify" and given.keys:
+    if given.keys and (given.what == "list" or said):
+        words = " ".join([given.what, *said])
         raise ConfigError(
-            f"`cache {given.what}` takes no keys, and was given {' '.join(given.keys)}. Leave them "
-            "out."
+            f"`cache {words}` takes no keys, and was given {' '.join(given.keys)}. Leave them out."
         )
 
 
@@ -88,8 +88,9 @@ def _verify(given: argparse.Namespace) -> int:
     if bad:
         said = "; ".join(f"{entry['path']}: {', '.join(entry['damage'])}" for entry in bad)
         raise CorruptCheckpoint(
-            f"{len(bad)} of {len(found)} in the cache are not what was made: {said}. Remove them: "
-            "the next start makes them again."
+            f"{len(bad)} of {len(found)} in the cache are not what was made: {said}. Remove them "
+            f"with `bioinit cache prune {' '.join(entry['key'] for entry in bad)}`: the next start "
+            "makes them again."
         )
     if not given.json:
         print(f"{len(found)} in {cache.home()} are what was made")
@@ -117,6 +118,7 @@ def _prune(given: argparse.Namespace) -> int:
     from bioinit.report import human_bytes
 
     done = cache.prune(
+        keys={kept.key for kept in _chosen(given.keys)} if given.keys else (),
         older_than=None if given.older_than is None else _seconds(given.older_than),
         most=None if given.most is None else bytes_of(given.most, "--most"),
         everything=given.all,

@@ -209,7 +209,15 @@ def _ask(decided: Decided, converts: bool, world: World, progress: Progress | No
     }
     lies = (source.path, *paths)
     try:
-        path = cache.keep_in_steps(None, made_of, make, about=told, apart=lies, waiting=world.check)
+        path = cache.keep_in_steps(
+            None,
+            made_of,
+            make,
+            moment=content.moment,
+            about=told,
+            apart=lies,
+            waiting=world.check,
+        )
     except StorageError as error:
         if str(cache.home()) not in str(error):
             raise

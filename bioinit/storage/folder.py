@@ -153,7 +153,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name. Names that lead out of the folder are not here."""
-        if not _stays_inside(name):
+        if not stays_inside(name):
             return False
         if "/" not in name:
             return self._listing().get(name) is False
@@ -189,7 +189,7 @@ class Folder:
 
     def require_inside(self, name: str) -> None:
         """Refuse a ``name`` that a checkpoint gave, if it leads out of this folder."""
-        if not _stays_inside(name):
+        if not stays_inside(name):
             raise RefusedCheckpoint(
                 f"the checkpoint at {self} names the file {name!r:.200}, which leads out "
                 "of it. Only plain relative names are followed: get the checkpoint from a source "
@@ -211,7 +211,7 @@ class Folder:
                 raise StorageError(f"{self} has no folder {name!r}. Check the path.")
             inner = Folder(self.path / first, members=members, asked=self._asked)
             return inner.folder(rest) if rest else inner
-        if not _stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
+        if not stays_inside(name) or self.is_file or not os.path.isdir(self.path / name):
             raise StorageError(f"{self} has no folder {name!r}. Check the path.")
         return Folder(self.path / name, asked=self._asked)
 
@@ -310,7 +310,8 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
         return False, False
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
+    """Whether ``name`` is a plain relative path that leads out of no folder."""
     # By hand: a path object for each of thousands of chunks would take half the time of opening.
     parts = name.split("/")
     return "\0" not in name and not _NO_NAMES & set(parts) and (name.isascii() or _has_bytes(name))
