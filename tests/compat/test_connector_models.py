@@ -116,8 +116,21 @@ def test_a_model_that_cannot_be_saved_whole_is_not_saved(tmp_path):
         connector.nemo_setup(nn.Module())
 
 
+def test_a_save_leaves_nothing_of_what_was_saved_there_before(tmp_path, monkeypatch):
+    connector, model = ModelConnector("x"), Net()
+    for most in (1, 10**9):
+        monkeypatch.setattr(nemo.io._models, "_MAX_SHARD_BYTES", most)
+        connector.nemo_save(tmp_path / "o", connector.nemo_setup(model))
+    assert [p.name for p in (tmp_path / "o/weights").iterdir()] == ["model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["context", "weights"]
+
+
 def test_a_save_that_is_stopped_leaves_no_marker_in_the_cache(tmp_path, hf, monkeypatch):
-    monkeypatch.setattr(nemo.io._models.plain_module, "save", lambda *args: 1 / 0)
+    def stopped(model, folder, most):
+        assert len(list(tmp_path.rglob("*-unfinished"))) == 1, "from the first byte on"
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(nemo.io._models.plain_module, "save", stopped)
     with pytest.raises(ZeroDivisionError):
         Net.import_from(f"hf://{hf}")
     assert not list((tmp_path / "nemo/models").iterdir())

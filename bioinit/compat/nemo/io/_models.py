@@ -22,7 +22,7 @@ from bioinit.compat.nemo.ckpt_utils import CONTEXT_PATH, WEIGHTS_PATH
 from bioinit.compat.nemo.io.pl import NoContext, TrainerContext
 from bioinit.errors import ConfigError
 from bioinit.initialize import load_weights
-from bioinit.storage import disk_error
+from bioinit.storage import atomic_folder, disk_error
 
 _MAX_SHARD_BYTES = 5 * 10**9
 _SHOWN = 5
@@ -73,9 +73,10 @@ def save(output: Path, trainer: Any, dump_io: bool) -> None:
         )
     marker = output.with_name(output.name + UNFINISHED)
     try:
-        (output / WEIGHTS_PATH).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         marker.touch()
-        plain_module.save(tensors, output / WEIGHTS_PATH, _MAX_SHARD_BYTES)
+        with atomic_folder(output / WEIGHTS_PATH, overwrite=True) as at:
+            plain_module.save(tensors, at, _MAX_SHARD_BYTES)
     except OSError as error:
         raise disk_error(error, f"write {output}") from error
     if dump_io:
