@@ -13,6 +13,7 @@ from bioinit.errors import ConfigError
 from bioinit.families import load
 from bioinit.migrate import migrate_recipe
 from bioinit.migrate.bionemo import EXPOSED, FIELDS, PRECISIONS, SECTIONS
+from bioinit.migrate.page import spelled
 from bioinit.migrate.skipped import carried_over
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -290,6 +291,8 @@ def test_checkpoints_of_bionemo_start(fixtures_dir, started):
         ("bionemo_model_config: {}\ndata_config: {data_dir: /a}", "biobert", "Geneformer"),
         ("bionemo_model_config: {}", "biobert", "nothing in the file says more"),
         ("bionemo_model_config: {initial_ckpt_path: /nowhere/at/all}", "biobert", "base class"),
+        (f"bionemo_model_config: {{initial_ckpt_path: /{'a' * 5000}}}", "biobert", "base class"),
+        ("bionemo_model_config: {initial_ckpt_path: ~nobody-at-all/a}", "biobert", "base class"),
     ],
 )
 def test_the_family_is_concluded_and_the_conclusion_is_said(file, text, family, why):
@@ -332,6 +335,7 @@ def test_tensor_parallelism_is_ready_to_be_put_in_force(file):
         ("bionemo_model_config: {}\nparallel_config: {num_device: 3}", "'num_devices'"),
         ("bionemo_model_config: {}\nparallel_config: {num_devices: many}", "from 1 on"),
         ("bionemo_model_config: {num_layers: many}", "num_layers"),
+        ("bionemo_model_config: {num_layers: -3}", "num_layers is -3"),
         ("bionemo_model_config: {initial_ckpt_path: 3}", "not a text"),
         ("bionemo_model_config: {initial_ckpt_path: /a, nemo1_ckpt_path: /b}", "one of them"),
         (
@@ -348,6 +352,13 @@ def test_tensor_parallelism_is_ready_to_be_put_in_force(file):
         ),
         ("bionemo_model_config: {gated_linear_unit: true, token_dropout: true}", "no gate"),
         ("bionemo_model_config: {activation_func: relu, token_dropout: true}", "gelu"),
+        ("bionemo_model_config: {initial_ckpt_path: '???'}", "no path"),
+        ('bionemo_model_config: {initial_ckpt_path: "/a\\0b"}', "no path"),
+        (
+            "bionemo_model_config: {num_layers: 1000000000000, initial_ckpt_skip_keys_with_these_"
+            "prefixes: [x]}",
+            "num_layers is 1000000000000",
+        ),
         ("bionemo_model_config: !!python/object:os.system {}", "asks for an object"),
         ("bionemo_model_config: {num_layers: 1, num_layers: 2}", "twice"),
     ],
@@ -355,6 +366,12 @@ def test_tensor_parallelism_is_ready_to_be_put_in_force(file):
 def test_what_is_wrong_is_said(file, text, said):
     with pytest.raises(ConfigError, match=said):
         migrate_recipe(file(text))
+
+
+@pytest.mark.parametrize("text", ["\x85- ", "a\n---\nb: c", "\u2028\x85 x", "\t#", "'\r\n\""])
+def test_any_text_is_one_line_that_says_the_same(text):
+    line = spelled([text])
+    assert len(line.splitlines()) == 1 and yaml.safe_load(line) == [text]
 
 
 def test_nothing_in_the_file_writes_into_the_recipe(started):

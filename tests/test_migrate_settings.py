@@ -199,6 +199,7 @@ def test_names_that_never_were_or_are_gone(migrated):
         ("dist_ckpt_format: torchdist", "Closest: 'torch_dist'"),
         ("dist_ckpt_format: ${oc.env:FORMAT}", "interpolation"),
         ("dist_ckpt_torch_dist_multiproc: 0", "from 1 on"),
+        ("dist_ckpt_load_on_device: {zarr: true}", "a mapping of 1', and would have to be true"),
         ("dist_ckpt_torch_dist_multiproc: true", "from 1 on"),
         ("dist_ckpt_load_strictness: raise", "raise_unexpected"),
         ("dist_ckpt_load_strictness: [raise_all]", "raise_unexpected"),

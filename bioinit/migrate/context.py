@@ -9,6 +9,7 @@ others and of every class that the file names. Nothing of them is imported.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def migrate_context(path: str | Path) -> str:
         CheckpointError: it cannot be used, or has no saved config.
         ConfigError: no family here knows the class that the saved config names.
     """
-    path = Path(path).expanduser()
-    if path.name == _CONTEXT and path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if path.name == _CONTEXT and os.path.isdir(path):
         path = path.parent
     with families.open_checkpoint(path) as checkpoint:
         context = checkpoint.context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def read_settings(path: str | Path) -> dict[Any, Any]:
         ConfigError: it is not YAML text, is out of all measure, holds no mapping, or a tag in it
             asks for an object.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "a folder and no file" if path.is_dir() else "not there"
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        what = "a folder and no file" if os.path.isdir(path) else "not there"
         raise StorageError(f"{path} is {what}. Give the path of a YAML file.")
     try:
         with path.open("rb") as file:

@@ -70,15 +70,28 @@ class Page:
         return "\n".join(self._lines) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what would end a line as an escape: in other styles of YAML it is folded."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def spelled(value: Any) -> str:
     """``value`` as one line of YAML.
 
     >>> spelled("on"), spelled(1e-12), spelled([1, 2])
     ("'on'", '1.0e-12', '[1, 2]')
     """
-    dumped: str = yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
-    )
+    dumped: str = yaml.dump(
+        value, None, _Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"),
+        sort_keys=False,
+    )  # fmt: skip
     return dumped.removesuffix("...\n").strip()
 
 

@@ -29,13 +29,14 @@ from bioinit.migrate.bionemo import (
 )
 from bioinit.migrate.files import read_settings
 from bioinit.migrate.page import Page, listed, literally, shown
-from bioinit.migrate.run import HEADS, Run
+from bioinit.migrate.run import HEADS, RunFile
 from bioinit.migrate.skipped import carried_over
 from bioinit.record import build, make_record
 from bioinit.record import shown as plain
 
 _LABELS = {"token_classification": "cnn_num_classes", "sequence_classification": "mlp_target_size"}
 _COUNTED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+_MOST_LAYERS = 1000
 _NEW_HEAD = "classifier"
 _START = "start"
 
@@ -53,7 +54,7 @@ def migrate_recipe(path: str | Path, family: str | None = None) -> str:
             cannot have.
     """
     where = str(path)
-    run = Run(where, read_settings(path))
+    run = RunFile(where, read_settings(path))
     name, why = (family, "as you say") if family is not None else run.family()
     if name not in KINDS:
         raise ConfigError(
@@ -71,7 +72,7 @@ def migrate_recipe(path: str | Path, family: str | None = None) -> str:
 class _Recipe:
     """Writes the page."""
 
-    def __init__(self, page: Page, run: Run, family: str) -> None:
+    def __init__(self, page: Page, run: RunFile, family: str) -> None:
         self.page = page
         self.run = run
         self.family = family
@@ -141,6 +142,12 @@ class _Recipe:
     def _carried(self, prefixes: list[str]) -> Mapping[str, tuple[str, ...]]:
         if not prefixes or self.config is None:
             return {}
+        layers = self.fields.get("num_layers", 0)
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ConfigError(
+                f"{self.run.where}: {MODEL}.num_layers is {layers}, and to carry {SKIPPED} over, "
+                f"the names of at most {_MOST_LAYERS} layers are looked at. Correct it."
+            )
         counted = {name: self.run.saved[name] for name in _COUNTED if name in self.run.saved}
         fields = {**self.fields, **counted, "architecture": self.task}
         record = make_record(self.config, fields, {}, at="model")
@@ -160,8 +167,11 @@ class _Recipe:
         """The model's own fields, each beside the key that it had."""
         run, page = self.run, self.page
         if self.config is not None:
-            # A wrong type is said now, and not when the recipe is run.
-            make_record(self.config, {**self.fields, **self._head()}, {}, at="model")
+            # A wrong value is said now, and not when the recipe is run.
+            fields = {**self.fields, **self._head(), "architecture": self.task}
+            record = make_record(self.config, fields, {}, at="model")
+            if run.checkpoint is None:  # else the checkpoint may have others
+                build(record, at="model")
         named = {field.note: field.name for field in self.account.values()}
         for ours, value in self.fields.items():
             theirs = named.get(ours, ours)

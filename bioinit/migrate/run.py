@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ HEADS = {"regression_head": "regression", "classification_head": "token_classifi
 _SEQUENCE = ("task_type", "mlp_ft_dropout", "mlp_hidden_size", "mlp_target_size")
 
 
-class Run:
+class RunFile:
     """The file: its sections, and what can be concluded from them."""
 
     def __init__(self, where: str, tree: Mapping[Any, Any]) -> None:
@@ -44,7 +45,13 @@ class Run:
                 f"{self.where}: {MODEL}.{PATH} is {shown(first)!r} and {NEMO1} is "
                 f"{shown(second)!r}, and a model starts from one of them. Leave one out."
             )
-        return first or second
+        found = first or second
+        if found is not None and (found == "???" or "\0" in found):
+            raise ConfigError(
+                f"{self.where}: {MODEL}.{PATH if first else NEMO1} is {shown(found)!r}, which is "
+                "no path. Fill it in."
+            )
+        return found
 
     def text_at(self, section: str, key: str) -> str | None:
         """A field that is a text or null."""
@@ -72,10 +79,10 @@ class Run:
 
     def _look(self) -> tuple[str | None, Mapping[str, Any]]:
         """The family of the checkpoint, and the fields of its config, where it lies here."""
-        if self.checkpoint is None or not Path(self.checkpoint).expanduser().exists():
+        if self.checkpoint is None or not os.path.exists(os.path.expanduser(self.checkpoint)):
             return None, {}
         try:
-            with families.open_checkpoint(Path(self.checkpoint).expanduser()) as opened:
+            with families.open_checkpoint(Path(os.path.expanduser(self.checkpoint))) as opened:
                 found = families.find(opened.context, opened.tensors)
                 if opened.context is None or found not in KINDS:
                     return found, {}

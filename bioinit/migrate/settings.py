@@ -196,7 +196,7 @@ def _entries(
     for key, value in tree.items():
         at = f"{prefix}{shown(key)}"
         name = str(key).replace("-", "_")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name.rpartition(".")[2] not in _OLDER:
             if depth < _DEEPEST:
                 yield from _entries(value, f"{at}.", depth + 1)
             continue
@@ -301,6 +301,7 @@ def _write_ours(
 
     page.gap()
     page.remark("For bioinit: sections of a recipe that do the same. `bioinit plan` shows it.")
+    page.remark("Do not pass them on: MegatronStrategy takes any name, and ignores these silently.")
     direct = values.get("ckpt_load_directly_on_device")
     if direct is not None:
         is_cuda = direct and accelerator != "cpu"

@@ -256,3 +256,15 @@ def test_the_config_says_what_is_skipped(saved):
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(BioinitError, match="absent"):
         load_weights_sharded_inplace_nemo2_to_mcore(Body(), tmp_path / "absent", ())
+
+
+def test_what_only_the_bytes_show_is_said_with_what_is_not_as_it_was(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.b.weight = self.a.weight
+
+    torch.save({"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(2, 2)}, tmp_path / "w.pt")
+    with pytest.raises(PlanError, match=r"module is not as it was: .*a\.weight"):
+        load_weights_sharded_inplace_nemo2_to_mcore(Tied(), tmp_path / "w.pt", ())

@@ -333,7 +333,19 @@ def test_what_is_no_byte_of_the_file_is_not_taken_for_one(server, tmp_path):
     server.answers = [(206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"})]
     with pytest.raises(StorageError):
         download(server, tmp_path, "a", retries=0)
+    chunked = {"Content-Range": "bytes 0-9/*", "Transfer-Encoding": "chunked"}
+    server.answers = [(206, chunked)]
+    with pytest.raises(StorageError, match="does not say how long"):
+        download(server, tmp_path, "a", retries=0)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_line_that_brings_no_more_than_it_did_before_is_given_up(server, tmp_path):
+    server.files["a"], server.validator = DATA, ""
+    server.cut_after = [500, 400, 500, 400, 500]
+    with pytest.raises(StorageError):
+        download(server, tmp_path, "a", retries=3)
+    assert len(server.asked) == 4
 
 
 def test_files_come_at_once(server, tmp_path):

@@ -2,7 +2,7 @@
 
 Bytes are moved by :func:`bioinit.load_weights`, so a checkpoint of any format and dialect that
 bioinit reads will do, and a plan is made before anything is written: where something is missing or
-does not fit, the model is as it was.
+does not fit, the model is as it was. What only the bytes show may come too late for that.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
 
     As in the original a prefix is raw text: ``encoder.layers.1`` skips ``encoder.layers.10`` too,
     which is warned of. Different here: a prefix that no key has is an error; some of the layers may
-    be skipped; a parameter that is not contiguous is loaded too; if anything fails, nothing was
-    changed.
+    be skipped; a parameter that is not contiguous is loaded too. Names and shapes are checked
+    before anything is changed; where bytes turn out to be damaged, or two copies of one tensor to
+    differ, the error says which parameters are not as they were.
 
     Raises:
         ConfigError: the prefixes are one text, or one of them is empty.
@@ -122,7 +123,9 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
             replace(each, message=_in_their_words(each.message), cure=_in_their_words(each.cure))
             for each in error.problems
         ]
-        raise PlanError(f"{path}: {_in_their_words(str(error))}", problems) from error
+        changed = getattr(error, "__notes__", [])
+        said = " ".join((f"{path}: {_in_their_words(str(error))}", *changed))
+        raise PlanError(said, problems) from error
     for prefix in map(SkipPrefix, prefixes):
         keys = [claim.key for claim in report.claims if claim.claim == "skipped"]
         beyond = [k for k in keys if k.startswith(prefix.text) and not prefix.matches(k)]

@@ -179,16 +179,16 @@ class _File:
 
     def _arrives(self) -> bool:
         """Whether all bytes are in the part; False if this was stopped."""
-        tries = 0
+        tries, most = 0, self._have()
         while not self.stopped.is_set():
-            before = self._have()
             try:
                 return self._ask()
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, BioinitError) or not is_of_the_network(error):
                     raise
                 # A line that breaks again and again still brings the file, if it brings some of it.
-                tries = 1 if self._have() > before else tries + 1
+                have = self._have()
+                tries, most = (1, have) if have > most else (tries + 1, most)
                 if tries > self.server.retries or is_final(error):
                     raise self._refused(error) from error
                 longer = min(_server.LONGEST_WAIT, _FIRST_WAIT * 2 ** (tries - 1))
@@ -222,7 +222,8 @@ class _File:
             if first not in (0, have) or (first and is_another):
                 self._forget()
                 raise http.client.IncompleteRead(b"")
-            if total is None and not answer.chunked and self.digest is None:
+            is_whole = answer.chunked and answer.status != 206
+            if total is None and not is_whole and self.digest is None:
                 raise Unreachable(
                     f"cannot download {self.url}: the server does not say how long it is, so "
                     "nobody can tell whether all of it came. Give its sha256."
