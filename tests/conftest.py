@@ -16,6 +16,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # What tests make is kept in a cache of theirs, not in that of whoever runs them.
     os.environ["BIOINIT_HOME"] = tempfile.mkdtemp(prefix="bioinit-home-")
+    os.environ["NEMO_HOME"] = str(Path(os.environ["BIOINIT_HOME"], "nemo"))
 
 
 def pytest_unconfigure() -> None:

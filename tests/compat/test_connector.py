@@ -172,6 +172,15 @@ def test_what_cannot_be_found_is_a_value_error_that_says_so(ask, said):
     assert isinstance(caught.value, BioinitError)
 
 
+def test_what_is_written_well_is_not_told_how_to_write_it():
+    said = []
+    for path in ("gguf://x", "/a/path"):
+        with pytest.raises(ValueError) as caught:
+            Model.importer(path)
+        said.append("Write the source like" in str(caught.value))
+    assert said == [False, True]
+
+
 def test_a_default_path_is_what_a_bare_word_means():
     class Other(io.IOMixin, ConnectorMixin):
         pass
@@ -314,6 +323,25 @@ def test_a_connector_converts_again_when_something_that_it_uses_has_changed(
 
     assert times() == 1, "what counts there is no other connector"
     assert times(lambda text: text.replace(old, new)) == is_again
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_again"),
+    [
+        ("helper(x)\n\ndef", "helper(x) + 1\n\ndef", True),
+        ("return x", "return -x", True),
+        ('"a": 1', '"a": 2', True),
+        ("return 1", "return 2", False),
+    ],
+)
+def test_a_connector_that_was_typed_in_is_known_too(source, old, new, is_again):
+    typed = THEIRS.replace("from .table import TABLE, unused", 'TABLE = {"a": 1}')
+    for text in (typed, typed.replace(old, new)):
+        shared = {"__name__": "no_module"}
+        exec(compile(text, "<typed>", "exec"), shared)
+        for _ in range(2):
+            shared["Theirs"](str(source))()
+    assert shared["times"] == is_again
 
 
 class Said:

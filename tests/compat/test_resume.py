@@ -107,6 +107,12 @@ def test_the_table(tmp_path, name, past_end, is_ignored, word):
         assert find() == tmp_path / "c" / result
 
 
+def test_a_folder_that_is_above_the_checkpoints_is_said(tmp_path):
+    lay(tmp_path, ["checkpoints/a--last/"])
+    with pytest.raises(NotFoundError, match="did you mean its checkpoints/"):
+        AutoResume(resume_if_exists=True, resume_from_directory=tmp_path).setup(trainer())
+
+
 def test_weights_lie_in_a_folder_of_a_checkpoint():
     assert AutoResume().get_weights_path(Path("t/c")) == Path("t/c/weights")
     assert AutoResume().get_weights_path("t/c") == Path("t/c/weights")

@@ -265,6 +265,8 @@ class AutoResume:
         none = f"There were no checkpoints found in {folder}"
         if not folder.is_dir():
             none += ", which is no folder"
+        elif (folder / "checkpoints").is_dir():
+            none += ": did you mean its checkpoints/"
         start = self.path or self.restore_config
         if self.restore_config is None and not self.resume_ignore_no_checkpoint:
             raise NotFoundError(

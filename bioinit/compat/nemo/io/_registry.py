@@ -151,11 +151,15 @@ class ConnectorMixin:
         if connector is None:
             known = sorted({known for owner, known in registry if issubclass(cls, owner)})
             kind = "importer" if importer else "exporter"
+            cures = [
+                suggestion(word, known),
+                "" if separator or not importer else "Write the source like hf://ORG/NAME.",
+                f"Register one: @io.model_{kind}({cls.__name__}, {word!r}). A model of a family of "
+                "bioinit needs none: bioinit convert does it.",
+            ]
             raise NoConnector(
                 f"No connector found for extension '{word}' for {cls}. It has {kind}s for "
-                f"{', '.join(map(repr, known)) or 'nothing'}. {suggestion(word, known)} Write the "
-                f"source like hf://ORG/NAME, or register one: @io.model_{kind}({cls.__name__}, "
-                f"{word!r})."
+                f"{', '.join(map(repr, known)) or 'nothing'}. {' '.join(filter(None, cures))}"
             )
         if source:
             made = connector(source, **kwargs)

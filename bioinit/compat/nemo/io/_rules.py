@@ -85,8 +85,8 @@ class _Code:
     def add_class(self, kind: type) -> None:
         """``kind`` and what it uses."""
         self._add(kind.__module__, kind.__qualname__.partition(".")[0])
-        if self._module(kind.__module__) is None and kind.__module__ == "__main__":
-            for value in vars(kind).values():  # typed in by hand
+        if _is_typed(kind.__module__):
+            for value in vars(kind).values():
                 self._add_typed(getattr(value, "__func__", value))
 
     def add_function(self, function: FunctionType) -> None:
@@ -146,18 +146,22 @@ class _Code:
         is_standard = path.is_relative_to(sysconfig.get_path("stdlib"))
         return top == self._home or not (is_installed or is_standard)
 
-    def _add_typed(self, function: Any) -> None:
-        """A function that no file has, and those like it that it calls."""
-        if not isinstance(function, FunctionType) or function.__module__ != "__main__":
+    def _add_typed(self, value: Any) -> None:
+        """A function that no file has, and what it uses."""
+        if not isinstance(value, FunctionType):
             return
-        key = "", function.__qualname__
+        if not _is_typed(value.__module__):
+            self.add_function(value)
+            return
+        key = "", value.__qualname__
         if key in self._said:
             return
-        self._said[key] = repr(list(_bytecode(function.__code__)))
-        for name in function.__code__.co_names:
-            value = function.__globals__.get(name)
-            self._add_typed(value)
-            for inner in getattr(value, "__dict__", {}).values():  # of a transform
+        self._said[key] = repr(list(_bytecode(value.__code__)))
+        for name in value.__code__.co_names:
+            used = value.__globals__.get(name)
+            if isinstance(used, str | tuple | dict):  # a table of names
+                self._said[f" {name}", ""] = _SAYS_NOTHING.sub("", repr(used))
+            for inner in (used, *getattr(used, "__dict__", {}).values()):  # of a transform
                 self._add_typed(inner)
 
 
@@ -258,6 +262,8 @@ def _file_of(name: str) -> tuple[Path | None, bool]:
     file = getattr(loaded, "__file__", None)
     if file is not None:
         return (Path(file) if file.endswith(".py") else None), hasattr(loaded, "__path__")
+    if name == "__main__":
+        return None, False
     spec, path = None, None
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
@@ -267,6 +273,12 @@ def _file_of(name: str) -> tuple[Path | None, bool]:
         path = spec.submodule_search_locations
     is_text = spec is not None and spec.origin is not None and spec.origin.endswith(".py")
     return (Path(spec.origin) if spec and spec.origin and is_text else None), path is not None
+
+
+def _is_typed(module_name: str) -> bool:
+    """Whether no file has the text of a module: it was typed in, as in a notebook."""
+    loaded = sys.modules.get(module_name)
+    return getattr(loaded, "__file__", None) is None and _file_of(module_name)[0] is None
 
 
 def _read(path: Path, package: str) -> _Module | None:

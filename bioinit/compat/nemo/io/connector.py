@@ -102,8 +102,10 @@ class Connector(PosixPath, Generic[SourceT, TargetT]):
         """What ``apply`` makes of the source; it is made now unless it is there.
 
         What stands at ``output_path`` and was not made here is taken as it is. What was made here
-        and of something else (the source's files, or the connector, have changed) is made again in
-        the cache, and is an error at a place that a person chose.
+        and of something else (the source's files have changed, its commit on the hub, an argument,
+        or the text of the connector or of what that uses) is made again in the cache, and is an
+        error at a place that a person chose. In the cache a second source of the same name is kept
+        beside the first, ``<name>-<digest>``.
 
         Args:
             output_path: where it is to stand; :meth:`local_path` if None.
