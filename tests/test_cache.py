@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bioinit import cache
-from bioinit.cache import content, use
+from bioinit.cache import content, shelf, use
 from bioinit.cli import main
 from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.save import verify
@@ -432,6 +432,27 @@ def test_of_a_link_that_stands_for_a_folder_only_the_link_is_removed(home: Path,
     use.end(folder)
     assert [entry.path for entry in cache.prune(everything=True).removed] == [folder]
     assert os.listdir(home / "made") == [] and (tmp_path / "moved/inner/part-1").exists()
+
+
+def test_what_was_made_again_meanwhile_stays_and_what_cannot_be_removed_keeps_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folders = [kept(number, age=900) for number in range(3)]
+    listed = cache.entries()
+    listed[0] = listed[0]._replace(state="damaged")  # as it was before somebody made it again
+    remove = shutil.rmtree
+    stuck = listed[1].path
+
+    def busy(path: Path, **given: bool) -> None:
+        if stuck.name in path.name:
+            raise OSError(errno.EBUSY, "busy")
+        remove(path, **given)
+
+    monkeypatch.setattr(shelf, "entries", lambda: listed)
+    monkeypatch.setattr(shelf.shutil, "rmtree", busy)
+    with pytest.raises(StorageError, match="cannot remove"):
+        cache.prune(older_than=300)
+    assert [folder for folder in folders if folder.exists()] == [listed[0].path]
 
 
 def test_being_asked_for_keeps_it_young():

@@ -2,7 +2,8 @@
 
 A file's SHA-256 is remembered with its device, inode, size and times. What was written so shortly
 before it was read that another change might leave the same times is not remembered, and is read
-again by who asks whether it is still the same.
+again by who asks whether it is still the same. What is written through memory is seen where files
+lie on a disk; in memory itself (tmpfs) such writes move no time, and nobody sees them.
 """
 
 from __future__ import annotations

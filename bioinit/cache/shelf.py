@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bioinit.cache import marker, places, use
+from bioinit.errors import StorageError
 from bioinit.storage import disk_error
 from bioinit.storage.lock import try_lock
 
@@ -88,19 +89,27 @@ def prune(
     total = sum(kept.bytes for kept in held)
     removed: list[Kept] = []
     spared: list[Kept] = []
+    failed: StorageError | None = None
     for kept in sorted(held, key=lambda kept: (kept.state == "whole", kept.used)):
         is_old = older_than is not None and now - kept.used > older_than
         is_much = most is not None and total > most
         is_asked = everything or is_old or is_much or kept.state != "whole"
         if not (kept.key in keys if keys else is_asked):
             continue
-        if _remove(kept):
+        try:
+            done = _remove(kept)
+        except StorageError as error:  # what else is to go is no worse for it
+            failed = failed or error
+            continue
+        if done:
             removed.append(kept)
             total -= kept.bytes
         else:
             spared.append(kept)
     if not keys:
         _tidy(now, older_than, everything)
+    if failed is not None:
+        raise failed
     return Removed(tuple(removed), tuple(spared))
 
 
@@ -156,10 +165,14 @@ def _is_used(key: str) -> bool:
 
 
 def _remove(kept: Kept) -> bool:
-    """Take ``kept`` away, unless a process uses it."""
+    """Take ``kept`` away, unless a process uses it, or has made it again since it was looked at."""
     final = places.made() / kept.key
     alone = try_lock(use.lock_of(final))
     if alone is None:
+        return False
+    found = _entry(kept.path)
+    if found is not None and found.state != kept.state:
+        os.close(alone)
         return False
     try:
         # Under another name first: it is gone at once, and a kill leaves nothing that looks whole.
