@@ -25,7 +25,7 @@ from bioinit.save.across import Across
 from bioinit.save.folder import common_folder
 from bioinit.save.plain import BY_BACKENDS, Plain
 from bioinit.save.writing import write_weights
-from bioinit.storage import MADE_OF, File, Folder, Journal, worker_count
+from bioinit.storage import MADE_OF, File, Folder, Journal, outside, worker_count
 
 RECEIPT = "receipt.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -192,21 +192,17 @@ def verify(path: str | Path) -> list[dict[str, str]]:
 
 
 def _require_its_own(homes: Sequence[Folder], file: File) -> None:
-    """Refuse a link out of the checkpoint; a hub cache keeps its files in ``blobs`` beside it.
+    """Refuse a link out of the checkpoint.
 
     Raises:
         RefusedCheckpoint: what ``file`` leads to is no file of the checkpoint.
     """
-    real = Path(os.path.realpath(file.path))
-    for home in homes:
-        here = Path(os.path.realpath(home.path))
-        caches = (folder.parent / "blobs" for folder in here.parents if folder.name == "snapshots")
-        if any(map(real.is_relative_to, (here, *caches))):
-            return
-    raise RefusedCheckpoint(
-        f"{file.path} is a link to {real}, which is no file of the checkpoint, and it would be "
-        "copied into the output. Put the file itself in the link's place, or remove the link."
-    )
+    real = outside(file.path, [home.path for home in homes])
+    if real is not None:
+        raise RefusedCheckpoint(
+            f"{file.path} is a link to {real}, which is no file of the checkpoint, and it would be "
+            "copied into the output. Put the file itself in the link's place, or remove the link."
+        )
 
 
 def _files_in(folder: Path) -> Iterator[str]:

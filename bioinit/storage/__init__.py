@@ -9,6 +9,7 @@ from __future__ import annotations
 from bioinit.storage.file import File, disk_error
 from bioinit.storage.folder import Folder
 from bioinit.storage.journal import Journal
+from bioinit.storage.links import outside
 from bioinit.storage.made import Made, filled, in_memory
 from bioinit.storage.workers import run_workers, worker_count
 from bioinit.storage.write import MADE_OF, Words, atomic_folder, require_free, resumable_folder
@@ -24,6 +25,7 @@ __all__ = [
     "disk_error",
     "filled",
     "in_memory",
+    "outside",
     "require_free",
     "resumable_folder",
     "run_workers",

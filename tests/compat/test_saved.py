@@ -426,6 +426,26 @@ def test_a_file_outside_is_refused(path, tmp_path):
         io.load(tmp_path / "out")
 
 
+def test_a_link_out_of_the_checkpoint_is_refused(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "dir").mkdir()
+    for name in ("vocab.txt", "secret", "blobs/b", "dir/f"):
+        (tmp_path / name).write_text(name)
+    out = tmp_path / "snapshots/1/context"
+    Pair(Tokenizer(tmp_path / "vocab.txt", None), Files(str(tmp_path / "dir"))).io_dump(out)
+    for link in (out / "vocab.txt", out / "dir/f"):
+        link.unlink()
+        link.symlink_to(tmp_path / "secret")
+        with pytest.raises(RefusedCheckpoint, match=rf"{link} is a link to .*secret"):
+            io.load(out)
+        link.unlink()
+        link.symlink_to(tmp_path / "blobs/b")
+        assert Path(io.load_context(out.parent).p.vocab_file).exists()
+    out.rename(tmp_path / "elsewhere")
+    out.symlink_to(tmp_path / "elsewhere")
+    assert Path(io.load_context(out.parent).p.vocab_file).exists()
+
+
 def test_text_that_names_a_file_elsewhere_is_refused(tmp_path):
     there = tmp_path / "there.txt"
     Pair(Tokenizer(str(there), "plain")).io_dump(tmp_path / "out")
@@ -653,7 +673,7 @@ class Unsaid:
 
 
 class Plan(io.IOMixin):
-    def __init__(self, kind=Unsaid, function=add):
+    def __init__(self, kind=Unsaid, function=add, more: "of no type" = None):  # noqa: F722
         pass
 
 

@@ -125,9 +125,13 @@ def may_be_prepared(value: Any) -> bool:
 def _allowed(value: Any) -> Use:
     if isinstance(value, type) and any(value is known for known in _torch().values()):
         return Use.CALL
-    signed, use = _signed(dotted(value)) if dataclasses.is_dataclass(value) else (ABSENT, Use.NAME)
-    allowed = [use for held, use in list(_HELD.values()) if _same(held, value)]
-    return max([Use.NAME, *allowed, *([use] if signed is value else [])])
+    allowed = max(
+        (use for held, use in list(_HELD.values()) if _same(held, value)), default=Use.NAME
+    )
+    if allowed < Use.CALL and dataclasses.is_dataclass(value):
+        signed, use = _signed(dotted(value))
+        return max(allowed, use) if signed is value else allowed
+    return allowed
 
 
 def _public(value: Any) -> tuple[str, str] | None:
@@ -227,7 +231,7 @@ def _in_signature(kind: Any) -> Iterator[tuple[Any, Use]]:
             yield parameter.default, Use.NAME
     try:
         hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
-    except (NameError, TypeError, AttributeError):
+    except (NameError, TypeError, AttributeError, SyntaxError):  # of annotations that are text
         return
     for hint in hints.values():
         for part in _parts(hint):

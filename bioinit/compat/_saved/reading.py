@@ -24,7 +24,7 @@ from bioinit.contexts._artifacts import inside
 from bioinit.contexts._fiddle import LARGEST, Reader, parse_fiddle
 from bioinit.errors import ConfigError, CorruptCheckpoint, RefusedCheckpoint, StorageError
 from bioinit.keys import suggestion
-from bioinit.storage import Folder
+from bioinit.storage import Folder, outside
 
 BuiltT = TypeVar("BuiltT")
 _LOG = logging.getLogger(__name__)
@@ -365,6 +365,7 @@ def _find_artifacts(value: Any, file: Path, seen: set[int]) -> None:
         if artifact.skip or not isinstance(named, str | Path) or isinstance(named, _Text):
             continue
         kept = file.parent / inside(str(named), str(file), artifact.attr)
+        _require_its_own(kept, file.parent)
         if os.path.exists(kept) or not isinstance(
             artifact, DirArtifact
         ):  # which keeps other text as is
@@ -375,3 +376,16 @@ def _find_artifacts(value: Any, file: Path, seen: set[int]) -> None:
                 inside(item, str(file), name)
             arguments[name] = str(item)
         _find_artifacts(item, file, seen)
+
+
+def _require_its_own(kept: Path, folder: Path) -> None:
+    """Refuse links out of the checkpoint: what is loaded may be written, and sent on, with them."""
+    homes = (folder, folder.parent) if folder.name == _CONTEXT else (folder,)
+    below = (Path(at, name) for at, inner, names in os.walk(kept) for name in (*inner, *names))
+    for path in (kept, *below):
+        real = outside(path, homes)
+        if real is not None:
+            raise RefusedCheckpoint(
+                f"{path} is a link to {real}, which is no file of the checkpoint. Put the file "
+                "itself in the link's place, or get the checkpoint from a source you trust."
+            )
