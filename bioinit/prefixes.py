@@ -68,7 +68,7 @@ def solve(stored: Sequence[str], known: Known, model_keys: Collection[str] = ())
         model_keys: names whose leading segments are tried as prefixes to put in front.
 
     Raises:
-        AmbiguousFormat: two changes lead to different names and match equally many.
+        AmbiguousFormat: two changes match equally many, and take other names or lead to others.
     """
     if set(model_keys).issuperset(stored):
         return AS_STORED
@@ -143,7 +143,7 @@ class _Try:
         self.matched = sum(kinds[text].count for text in matching)
         self.gained = matching.difference(fitting)
         self.gain = sum(kinds[text].count for text in self.gained)
-        self.leads_to = frozenset(template(after[text]) for text in self.gained)
+        self.leads_to = frozenset((text, template(after[text])) for text in self.gained)
         # What nobody knows either way follows the front that it has, if it has one.
         self.changed = [
             text for text in after if text in matching or (strip and text not in fitting)

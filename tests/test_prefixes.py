@@ -73,3 +73,16 @@ def test_a_name_is_asked_for_in_the_spelling_that_it_would_have():
 
     found = solve(["module.old.weight", *(f"module.{n}" for n in BODY)], known, model)
     assert found.spell("module.old.weight") == "old.weight"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ["student.encoder.w", "student.encoder.b", "teacher.encoder.w", "teacher.encoder.b"],
+        ["a.long.encoder.w", "a.long.encoder.b", "b.encoder.w", "b.encoder.b", "c.other"],
+    ],
+)
+def test_two_parts_of_a_checkpoint_that_fit_equally_are_refused_and_not_chosen_from(stored):
+    keys = {"encoder.w", "encoder.b"}
+    with pytest.raises(AmbiguousFormat, match="in more than one way"):
+        solve(stored, keys.intersection, keys)
