@@ -433,6 +433,22 @@ def test_a_failed_import_again_leaves_the_old_one(source):
     assert (Model().import_ckpt(f"hf://{source}") / "w").read_text() == "two", "it has its note"
 
 
+def test_what_apply_sets_of_itself_is_no_argument(tmp_path, source):
+    class Exporter(Importer):
+        pad = None
+
+        def apply(self, output_path):
+            self.pad = 3  # as NeMo's exporter of T5 does
+            return super().apply(output_path)
+
+    exporter = Exporter(str(source))
+    exporter.scale = 1
+    assert exporter(tmp_path / "out") == exporter(tmp_path / "out") and Exporter.times == 1
+    exporter.scale = 2
+    with pytest.raises(FileExistsError, match="arguments changed"):
+        exporter(tmp_path / "out")
+
+
 def test_two_sources_of_one_name_are_kept_beside_each_other(tmp_path, source):
     other, moved = tmp_path / "b/my-model", tmp_path / "c/my-model"
     for folder, text in ((other, "other"), (moved, "one")):

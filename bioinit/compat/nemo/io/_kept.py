@@ -21,7 +21,7 @@ from bioinit.cache.content import Content
 from bioinit.cache.marker import lacks, read
 from bioinit.compat.nemo._found import UNFINISHED, Unfinished, is_unfinished
 from bioinit.compat.nemo._hub import in_cache
-from bioinit.compat.nemo.io._rules import name_of, rules_of
+from bioinit.compat.nemo.io._rules import name_of, not_told, rules_of
 from bioinit.errors import CheckpointError, StorageError
 from bioinit.storage import MADE_OF
 from bioinit.version import __version__
@@ -115,7 +115,8 @@ def kept(
     def make(at: Path) -> None:
         at.rmdir()  # connectors make it themselves
         try:
-            result = connector.apply(at, **kwargs)
+            with not_told(connector):
+                result = connector.apply(at, **kwargs)
         except OSError as error:
             if error.errno in _OF_THE_DISK:
                 raise

@@ -21,6 +21,7 @@ import threading
 import tokenize
 import uuid
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 
 _INSTALLED = ("site-packages", "dist-packages")
-_NOT_TOLD = ("address", "LOCK_TIMEOUT")
+_OF_APPLY = "_bioinit_of_apply"
+_NOT_TOLD = ("address", "LOCK_TIMEOUT", _OF_APPLY)
 _SAYS_NOTHING = re.compile(r" at 0x[0-9a-fA-F]+")
 _Lock = type(threading.Lock()) | type(threading.RLock())
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -48,13 +50,26 @@ def rules_of(connector: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
         for name, value in vars(each).items()
         if isinstance(value, functools.cached_property)
     }
-    own = {k: v for k, v in vars(connector).items() if k not in lazy.union(_NOT_TOLD)}
+    left_out = lazy.union(_NOT_TOLD, vars(connector).get(_OF_APPLY, ()))
+    own = {name: value for name, value in vars(connector).items() if name not in left_out}
     told = _Told(code)
     told.add([sorted(own), sorted(kwargs)])
     for values in (own, kwargs):
         for name in sorted(values):
             told.add(values[name])
     return {"connector": name_of(kind), "rules": code.digest(), "arguments": told.digest()}
+
+
+@contextmanager
+def not_told(connector: Any) -> Iterator[None]:
+    """What the block sets of ``connector`` is none of what it was told, from then on."""
+    before = dict(vars(connector))
+    try:
+        yield
+    finally:
+        now = vars(connector)
+        changed = {name for name in now if name not in before or now[name] is not before[name]}
+        setattr(connector, _OF_APPLY, changed | before.get(_OF_APPLY, set()))
 
 
 def name_of(kind: type) -> str:
@@ -95,39 +110,42 @@ class _Code:
 
     def _add(self, module_name: str, name: str) -> None:
         """What ``name`` is at the top of a module, and what that uses."""
-        module = self._module(module_name)
-        if module is None or (module_name, name) in self._said:
-            return
-        statements = module.bound.get(name, [])
-        self._said[module_name, name] = "\n".join(_text(module, one) for one in statements)
-        for statement in statements:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Name):
-                    self._add(module_name, node.id)
-                elif isinstance(node, ast.Import):
-                    for alias in node.names:
-                        self._add_all(alias.name)
-                elif isinstance(node, ast.ImportFrom):
-                    # At the top only what is asked for; in a function, all of it.
-                    wanted = name if node is statement else None
-                    self._add_imported(node, module.package, wanted)
+        todo = [(module_name, name)]
+        while todo:
+            where, name = key = todo.pop()
+            module = self._module(where)
+            if module is None or key in self._said:
+                continue
+            statements = module.bound.get(name, [])
+            self._said[key] = "\n".join(_text(module, one) for one in statements)
+            for statement in statements:
+                for node in ast.walk(statement):
+                    if isinstance(node, ast.Name):
+                        todo.append((where, node.id))
+                    elif isinstance(node, ast.Import):
+                        todo += (used for alias in node.names for used in self._all_of(alias.name))
+                    elif isinstance(node, ast.ImportFrom):
+                        # At the top only what is asked for; in a function, all of it.
+                        wanted = name if node is statement else None
+                        todo += self._imported(node, module.package, wanted)
 
-    def _add_imported(self, node: ast.ImportFrom, package: str, wanted: str | None) -> None:
+    def _imported(
+        self, node: ast.ImportFrom, package: str, wanted: str | None
+    ) -> Iterator[tuple[str, str]]:
         try:
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
         except ImportError:
             return
         for alias in node.names:
             if alias.name == "*":
-                self._add_all(source)
+                yield from self._all_of(source)
             elif wanted is None or wanted == (alias.asname or alias.name):
-                self._add(source, alias.name)
-                self._add_all(f"{source}.{alias.name}")
+                yield source, alias.name
+                yield from self._all_of(f"{source}.{alias.name}")
 
-    def _add_all(self, module_name: str) -> None:
+    def _all_of(self, module_name: str) -> Iterator[tuple[str, str]]:
         module = self._module(module_name)
-        for name in () if module is None else module.bound:
-            self._add(module_name, name)
+        yield from () if module is None else ((module_name, name) for name in module.bound)
 
     def _module(self, name: str) -> _Module | None:
         """The module ``name``, if it was written by the people who wrote the connector."""
