@@ -188,6 +188,12 @@ def test_a_checkpoint_decides_as_it_does_in_bionemo_and_the_plan_says_what_lost(
     assert (layers.value, layers.shadowed[0]) == (3, 6)
 
 
+def test_a_path_from_here_is_written_so_that_it_holds_from_anywhere(esm2, started, monkeypatch):
+    monkeypatch.chdir(esm2.parent)
+    _, tree, _ = started(esm2_run(esm2.name))
+    assert tree["model"]["initial_ckpt_path"] == str(esm2)
+
+
 def test_fields_that_are_listed_keep_the_files_value(esm2, started):
     more = "override_parent_fields: [hidden_dropout, params_dtype, skip_logits]\n"
     more += "          hidden_dropout: 0.3"

@@ -12,6 +12,11 @@ settings FILE  NeMo 1's dist_ckpt_* settings, as arguments of NeMo 2's MegatronS
 context CKPT   a checkpoint's saved config, as a recipe that starts the same model
 recipe FILE    a run file of BioNeMo (bionemo_model_config: ...), as a recipe
 
+For example:
+  bioinit migrate settings nemo1.yaml > settings.yaml
+  bioinit migrate context old/esm2_nemo2 > mine.yaml && bioinit plan recipe=./mine.yaml
+  bioinit migrate recipe run.yaml --family esm2 > mine.yaml
+
 Nothing that a file names is imported, and no weight is read.
 """
 

@@ -51,7 +51,8 @@ class RunFile:
                 f"{self.where}: {MODEL}.{PATH if first else NEMO1} is {shown(found)!r}, which is "
                 "no path. Fill it in."
             )
-        return found
+        place = os.path.abspath(os.path.expanduser(found)) if found else None
+        return place if place and os.path.exists(place) else found
 
     def text_at(self, section: str, key: str) -> str | None:
         """A field that is a text or null."""
@@ -79,10 +80,10 @@ class RunFile:
 
     def _look(self) -> tuple[str | None, Mapping[str, Any]]:
         """The family of the checkpoint, and the fields of its config, where it lies here."""
-        if self.checkpoint is None or not os.path.exists(os.path.expanduser(self.checkpoint)):
+        if self.checkpoint is None or not os.path.exists(self.checkpoint):
             return None, {}
         try:
-            with families.open_checkpoint(Path(os.path.expanduser(self.checkpoint))) as opened:
+            with families.open_checkpoint(Path(self.checkpoint)) as opened:
                 found = families.find(opened.context, opened.tensors)
                 if opened.context is None or found not in KINDS:
                     return found, {}

@@ -300,7 +300,7 @@ def _write_ours(
         page.says(key, value, why, depth=1)
 
     page.gap()
-    page.remark("For bioinit: sections of a recipe that do the same. `bioinit plan` shows it.")
+    page.remark("For bioinit: sections that do the same. Put them into a recipe, and only these.")
     page.remark("Do not pass them on: MegatronStrategy takes any name, and ignores these silently.")
     direct = values.get("ckpt_load_directly_on_device")
     if direct is not None:

@@ -269,6 +269,9 @@ def test_no_saved_config_is_a_missing_file(tmp_path):
         Mine().load_settings_from_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError):
         Mine().load_settings_from_checkpoint(tmp_path / "absent")
+    (tmp_path / "a.nemo").touch()
+    with pytest.raises(FileNotFoundError, match="bioinit convert"):
+        Mine().load_settings_from_checkpoint(tmp_path / "a.nemo")
 
 
 def test_an_empty_io_json_is_no_config(tmp_path):

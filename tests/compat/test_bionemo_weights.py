@@ -1,6 +1,7 @@
 """Weights of a checkpoint into a model in place, and names of NeMo 1 as NeMo 2 has them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,6 +257,16 @@ def test_the_config_says_what_is_skipped(saved):
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(BioinitError, match="absent"):
         load_weights_sharded_inplace_nemo2_to_mcore(Body(), tmp_path / "absent", ())
+
+
+def test_cures_name_what_the_caller_has(tmp_path):
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "w.pt")
+    config = SimpleNamespace(initial_ckpt_skip_keys_with_these_prefixes=[])
+    for model in (nn.Linear(2, 2), nn.Linear(2, 3, bias=False)):
+        with pytest.raises(PlanError, match=r"kip its prefix in initial_ckpt_skip_keys") as caught:
+            update_model_from_checkpoint(config, model, tmp_path / "w.pt")
+        said = str(caught.value) + "".join(each.cure for each in caught.value.problems)
+        assert "in new" not in said and "=init" not in said and "ckpt_initial" not in said
 
 
 def test_what_only_the_bytes_show_is_said_with_what_is_not_as_it_was(tmp_path):

@@ -287,6 +287,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*layer_99.*download") as caught:
         labml.load_checkpoint_files(("layer_99-model_00-model_states.pt",), path=tmp_path)
     assert isinstance(caught.value, StorageError)
+    with pytest.raises(FileNotFoundError) as caught:
+        list(labml.LayerGenerator(path=tmp_path).load())
+    assert str(caught.value).count("global_step150000/") == 1
 
 
 def test_half_a_file_is_no_layer(neox, tmp_path):
@@ -427,6 +430,12 @@ def test_fewer_layers_than_stored_end_in_the_stored_norm(neox):
 def test_a_layer_of_another_size_is_an_error_with_its_name(neox):
     with pytest.raises(labml.WrongShape, match=r"'word_embeddings.weight'.*\[128, 64\].*\[100"):
         list(generator(neox, n_vocab=100).load())
+
+
+@pytest.mark.parametrize(("heads", "said"), [(8, "inv_freq.*n_heads=8"), (3, "divided among")])
+def test_a_number_of_heads_that_does_not_fit_is_an_error(neox, heads, said):
+    with pytest.raises(ConfigError, match=said):
+        list(generator(neox, n_heads=heads).load())
 
 
 def test_int8_is_refused_in_words(neox):

@@ -117,6 +117,12 @@ def _context(path: Path) -> Context:
     try:
         return contexts.read_file(path)
     except (UnknownFormat, StorageError) as error:
+        if path.is_file():
+            raise MissingSettings(
+                f"{path} is a file, and settings are taken over from a folder with "
+                f"{_CONTEXT}/{_IO} in it. `bioinit convert {path} FOLDER --to nemo2` makes one of "
+                "an archive of NeMo 1."
+            ) from error
         raise MissingSettings(
             f"No such file: '{path / _CONTEXT / _IO}', and {path} holds no saved config of another "
             f"kind, so there are no settings to take over ({error}). Give the folder of a "

@@ -43,7 +43,13 @@ _FUSED = (
     ("pre_mlp_layernorm.bias", "mlp.linear_fc1.layer_norm_bias"),
 )
 _BODY = "language_model."
-_THEIRS, _OURS = "skip_prefixes", "skip_keys_with_these_prefixes"
+_LISTED = "skip_keys_with_these_prefixes"
+_NOT_HERE = (
+    " name it in new or",
+    "; on_missing=init accepts whatever is missing",
+    " or set on_mismatch=init",
+)
+"""What cures of :func:`bioinit.load_weights` name, and the calls here do not have."""
 
 
 def nemo1_to_nemo2_biobert_key_mapping(
@@ -108,8 +114,12 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
             nothing.
         BioinitError: the checkpoint cannot be read.
     """
-    prefixes = _prefixes(skip_keys_with_these_prefixes, "skip_keys_with_these_prefixes")
-    path = Path(distributed_checkpoint_dir)
+    prefixes = _prefixes(skip_keys_with_these_prefixes, _LISTED)
+    _load(model, Path(distributed_checkpoint_dir), prefixes, _LISTED)
+
+
+def _load(model: Any, path: Path, prefixes: tuple[str, ...], listed: str) -> None:
+    """Load but for ``prefixes``, which the person calls ``listed``."""
     root = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     with open_checkpoint(path) as checkpoint:
         raw = [SkipPrefix(_open_ended(prefix)) for prefix in prefixes]
@@ -120,11 +130,15 @@ def load_weights_sharded_inplace_nemo2_to_mcore(
         report = load_weights(root, path, skip_prefixes=texts, mapping=names)
     except PlanError as error:
         problems = [
-            replace(each, message=_in_their_words(each.message), cure=_in_their_words(each.cure))
+            replace(
+                each,
+                message=_in_their_words(each.message, listed),
+                cure=_in_their_words(each.cure, listed),
+            )
             for each in error.problems
         ]
         changed = getattr(error, "__notes__", [])
-        said = " ".join((f"{path}: {_in_their_words(str(error))}", *changed))
+        said = " ".join((f"{path}: {_in_their_words(str(error), listed)}", *changed))
         raise PlanError(said, problems) from error
     for prefix in map(SkipPrefix, prefixes):
         keys = [claim.key for claim in report.claims if claim.claim == "skipped"]
@@ -148,12 +162,16 @@ def update_model_from_checkpoint(config: Any, model: Any, initial_ckpt_path: str
     :func:`load_weights_sharded_inplace_nemo2_to_mcore`.
     """
     given = config.initial_ckpt_skip_keys_with_these_prefixes
-    prefixes = _prefixes(given, "initial_ckpt_skip_keys_with_these_prefixes")
-    load_weights_sharded_inplace_nemo2_to_mcore(model, initial_ckpt_path, prefixes)
+    listed = f"initial_ckpt_{_LISTED}"
+    _load(model, Path(initial_ckpt_path), _prefixes(given, listed), listed)
 
 
-def _in_their_words(said: str) -> str:
-    return re.sub(r"(skip prefix '.*?)\*'", r"\1'", said.replace(_THEIRS, _OURS))
+def _in_their_words(said: str, listed: str) -> str:
+    for words in _NOT_HERE:
+        said = said.replace(words, "")
+    # What stands in for the list here may hold its name already.
+    said = re.sub(rf"\b(?:skip_prefixes|{_LISTED})\b", listed, said)
+    return re.sub(r"(skip prefix '.*?)\*'", r"\1'", said)
 
 
 def _open_ended(prefix: str) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from bioinit.compat.labml import checkpoint
-from bioinit.compat.labml._merge import How, Partition, merged, put
+from bioinit.compat.labml._merge import How, Partition, WrongShape, merged, put
 from bioinit.compat.labml.checkpoint import Places, step_folder
 from bioinit.errors import ConfigError
 
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _ROPE_BASE = 10_000.0
+_FREQUENCIES = "attention.rotary_emb.inv_freq"
 
 Table = Mapping[str, tuple[str, How]]
 """By the name of a parameter: its tensor in the files, and how the partitions are merged."""
@@ -78,6 +79,11 @@ class AttentionLayer(nn.Module):
         self, n_hidden: int = 6_144, n_heads: int = 64, rope_percentage: float = 0.25
     ) -> None:
         super().__init__()
+        if n_heads < 1 or n_hidden % n_heads:
+            raise ConfigError(
+                f"n_hidden={n_hidden} cannot be divided among n_heads={n_heads}. Give what the "
+                "checkpoint was trained with."
+            )
         self.n_heads = n_heads
         self.d_rope = int(n_hidden // n_heads * rope_percentage)
         self.qkv_lin = nn.Linear(n_hidden, n_hidden * 3)
@@ -143,6 +149,19 @@ class TransformerLayer(NeoXModule):
         self.pre_ln_ffn = nn.LayerNorm(n_hidden)
         self.attention = AttentionLayer(n_hidden, n_heads)
         self.ffn = FFNLayer(n_hidden)
+
+    def load_state(self, p1: Partition, *more: Partition) -> None:
+        """As of any layer; also, what they say of a head must be what this layer has."""
+        turned = self.attention.d_rope
+        for part in (p1, *more):
+            said = part.get(_FREQUENCIES)
+            if said is not None and 2 * said.numel() != turned:
+                raise WrongShape(
+                    f"{_FREQUENCIES} is of heads of which {2 * said.numel()} channels are turned, "
+                    f"and with n_heads={self.attention.n_heads} it is {turned}. Give the n_heads "
+                    "that the checkpoint was trained with."
+                )
+        super().load_state(p1, *more)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, seq, hidden]`` with what both branches add to it."""
@@ -284,13 +303,13 @@ class LayerGenerator:
         for _, kind, files in self._chosen():
             # What is on meta is not initialized, and every parameter is loaded.
             layer = self._made(kind, torch.device("meta")).to_empty(device=self.device)
-            layer.load_state(*checkpoint.load_checkpoint_files(files, path=self._folder))
+            layer.load_state(*checkpoint.load_checkpoint_files(files, path=self.path))
             yield layer
 
     def merged(self) -> Iterator[Layer]:
         """Each layer as its index, its files and its merged parameters, for modules of your own."""
         for index, kind, files in self._chosen():
-            parts = checkpoint.load_checkpoint_files(files, path=self._folder)
+            parts = checkpoint.load_checkpoint_files(files, path=self.path)
             parameters = {
                 name: merged(key, how, parts).to(self.device, self.dtype)
                 for name, (key, how) in kind.TABLE.items()
