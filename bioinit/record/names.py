@@ -71,7 +71,8 @@ def device(value: Any) -> Any:
 
 
 @functools.cache
-def _functions() -> Mapping[str, Any]:
+def functions() -> Mapping[str, Any]:
+    """The activations of torch, by the names that people write for them."""
     import torch
 
     homes = (("torch.nn.functional", torch.nn.functional), ("torch", torch))
@@ -89,7 +90,7 @@ def name_of(value: Any, choices: Iterable[Any] = ()) -> str:
     Raises:
         ConfigError: it would not be found.
     """
-    for name, known in _functions().items():
+    for name, known in functions().items():
         if known is value:
             return name
     if any(choice is value for choice in choices):
@@ -114,7 +115,7 @@ def resolve(value: Any, choices: Iterable[Any] = ()) -> Any:
     for name in (value, f"torch.nn.functional.{short}", f"torch.{short}"):
         if isinstance(name, str) and name in known:
             return known[name]
-        if isinstance(name, str) and name in _functions():
-            return _functions()[name]
+        if isinstance(name, str) and name in functions():
+            return functions()[name]
     hint = suggestion(str(value), {*_ACTIVATIONS, *known})
     raise ValueError(f"it names no function that this field knows. {hint}".rstrip(" ."))

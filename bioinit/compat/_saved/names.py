@@ -153,7 +153,7 @@ def _torch() -> Mapping[str, Any]:
         for name, value in vars(torch).items()
         if isinstance(value, torch.dtype) and str(value) == f"torch.{name}"
     }
-    found |= names._functions()
+    found |= names.functions()
     for name in _MODULES.split():
         found[f"torch.nn.{name}"] = getattr(torch.nn, name)
     for name in _INITIALIZERS.split():
