@@ -156,6 +156,13 @@ def test_the_checkpoint_wins_and_the_log_names_what_was_lost(saved, caplog):
     ]
 
 
+def test_a_config_that_makes_no_sense_yet_can_take_settings_over(saved):
+    mine = Mine()
+    mine.set_hparam("heads", 0)
+    mine.load_settings_from_checkpoint(saved(width=32, heads=4))
+    assert (mine.heads, mine.channels) == (4, 8)
+
+
 def test_a_listed_field_keeps_its_value(saved):
     mine = Mine(dropout=0.3)
     mine.override_parent_fields.append("dropout")

@@ -178,7 +178,10 @@ def _set_plainly(config: Any) -> dict[str, Any]:
     ]
     if not unlike:
         return {}
-    again = built(hparams_of(config), f"this {type(config).__name__} was made from")
+    try:
+        again = built(hparams_of(config), f"this {type(config).__name__} was made from")
+    except ConfigError:
+        return {}  # as it stands it could not be made; what is taken over may mend that
     return {
         name: as_record(getattr(config, name))
         for name in unlike
