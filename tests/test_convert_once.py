@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -307,11 +308,28 @@ def test_the_source_is_not_overwritten_though_nobody_reads_it(nemo: Path):
     assert (nemo / "weights").is_dir()
 
 
-def test_what_the_conversion_refuses_is_said_and_nothing_is_kept(nemo: Path, home: Path):
+def test_what_nobody_states_is_asked_for_in_words_of_the_run(nemo: Path):
     shutil.rmtree(nemo / "context")
-    with pytest.raises(ConfigError, match=r"init.convert=once.*rope_type.*bioinit convert SRC DST"):
+    with pytest.raises(ConfigError, match=r"^init.convert=once: ") as error:
         bioinit.initialize(record(nemo))
     assert cache.entries() == []
+    values = {"activation_func": "silu", "rope_type": "default"}
+    asked = re.findall(r"model\.(\w+)=VALUE", str(error.value))
+    said = [f"model.{name}={values.get(name, 'false')}" for name in asked]
+    sizes = "num_layers=2 hidden_size=16 ffn_hidden_size=24 vocab_size=40 num_attention_heads=4"
+    said += [f"model.{size}" for size in [*sizes.split(), "num_query_groups=2"]]
+    assert asked and bioinit.initialize(record(nemo, *said)).plan.to_json()["converted_from"]
+
+
+def test_what_the_conversion_refuses_is_said_with_a_cure(
+    nemo: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*given: Any, **options: Any) -> None:
+        raise PlanError("the conversion has 1 problem.", ())
+
+    monkeypatch.setattr(once, "decide", refuse)
+    with pytest.raises(PlanError, match=r"once: the conversion.*bioinit convert SRC DST --to hf"):
+        bioinit.initialize(record(nemo))
 
 
 def test_a_disk_that_is_full_is_said_with_a_cure_and_nothing_is_kept(nemo: Path, tmp_path: Path):

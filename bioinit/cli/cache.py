@@ -27,6 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="of prune: everything that nobody uses now")
     add("--json", action="store_true", help="print one JSON document")
     parser.epilog = (
+        "for example:\n  bioinit cache verify\n  bioinit cache prune --older-than 30d\n"
+        "  bioinit cache prune 3f2a91c0\n\n"
         "prune alone removes what is damaged or was never finished. What a process uses stays.\n"
         f"The cache is $BIOINIT_HOME, or ~/.cache/bioinit.\n{EXITS}"
     )

@@ -43,6 +43,18 @@ _ONLY_STORED = "layernorm_zero_centered_gamma"
 """Says how weights are stored, outside of the hf dialect."""
 
 
+class Unstated(ConfigError):
+    """Nobody states ``fields``, which decide what a model computes; ``what`` says so of it."""
+
+    def __init__(self, what: str, fields: Collection[str]) -> None:
+        sets = " ".join(f"--set {name}=VALUE" for name in fields)
+        super().__init__(
+            f"{what} Give the model's config with --config FILE, or each of these fields: {sets}."
+        )
+        self.what = what
+        self.fields = tuple(fields)
+
+
 def is_whole(context: Context | None) -> bool:
     """Whether what the saved config leaves out has a known value.
 
@@ -126,7 +138,7 @@ def require_stated(
     """What a person should know of the fields that nobody states, if none of them is in doubt.
 
     Raises:
-        ConfigError: fields that shapes do not prove and that decide what the model computes.
+        Unstated: fields that shapes do not prove and that decide what the model computes.
     """
     settled = {*stated, *_NAMES_TELL}
     unsaid = {n: s for n, s in specs(cls).items() if n not in settled and _has_default(s)}
@@ -134,12 +146,11 @@ def require_stated(
     asked = [name for name in unsaid if name not in harmless]
     shown = _values({name: field.value for name, field in proved.items()})
     if asked:
-        sets = " ".join(f"--set {name}=VALUE" for name in asked)
         by_shapes = f" Stored shapes prove {shown}." if shown else ""
-        raise ConfigError(
+        raise Unstated(
             f"{who}, and shapes do not prove how the model computes: nobody states "
-            f"{', '.join(asked)}.{by_shapes} Give the model's config with --config FILE, or each "
-            f"of these fields: {sets}."
+            f"{', '.join(asked)}.{by_shapes}",
+            asked,
         )
     notes = [f"stored shapes prove {shown}"] if shown else []
     assumed = _values({name: unsaid[name].default for name in unsaid})

@@ -21,7 +21,7 @@ from bioinit.cache import Content
 from bioinit.config import Run
 from bioinit.contexts import Checkpoint
 from bioinit.convert import Decided, Options, decide
-from bioinit.convert.proved import is_whole
+from bioinit.convert.proved import Unstated, is_whole
 from bioinit.errors import ConfigError, CorruptCheckpoint, PlanError, StorageError
 from bioinit.families.protocol import Family
 from bioinit.ranks import World
@@ -152,6 +152,12 @@ def _decided(
     options = Options.of(to, None, None, None, None, ())
     try:
         return decide(source, options, family=name, set=given)
+    except Unstated as error:
+        sets = " ".join(f"model.{name}=VALUE" for name in error.fields)
+        raise ConfigError(
+            f"init.convert=once: {error.what} State each of them in the recipe, or beside it: "
+            f"{sets}; or leave init.convert out."
+        ) from error
     except (ConfigError, PlanError) as error:
         said = (
             f"init.convert=once: {error} These are options of `bioinit convert SRC DST --to {to}`, "
