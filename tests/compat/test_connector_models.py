@@ -176,6 +176,11 @@ def test_llm_refuses_a_place_that_is_taken_text_or_path(tmp_path, hf):
     assert llm.export_ckpt(kept, "hf", tmp_path / "back") == tmp_path / "back"
 
 
+def test_what_llm_has_not_says_where_to_look():
+    with pytest.raises(AttributeError, match=r"LlamaModel.*families of bioinit"):
+        _ = nemo.llm.LlamaModel
+
+
 def test_a_local_source_is_taken_as_it_is(hf):
     assert ModelConnector(str(hf)).local_source() == hf
     with pytest.raises(StorageError, match="no such file or folder"):

@@ -68,3 +68,11 @@ def _require_free(place: str | Path | None, overwrite: bool) -> None:
         raise AlreadyThere(
             f"Output path {place} exists. Use overwrite=True to force overwrite, or choose another."
         )
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}. Of nemo.collections.llm only the ways of "
+        "checkpoints in and out are here; its models are families of bioinit, which a recipe "
+        "names: see docs/migration.md."
+    )
