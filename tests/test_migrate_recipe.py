@@ -342,6 +342,7 @@ def test_tensor_parallelism_is_ready_to_be_put_in_force(file):
         ("bionemo_model_config: {}\nparallel_config: {num_devices: many}", "from 1 on"),
         ("bionemo_model_config: {num_layers: many}", "num_layers"),
         ("bionemo_model_config: {num_layers: -3}", "num_layers is -3"),
+        ("bionemo_model_config: {layernorm_epsilon: .inf}", "layernorm_epsilon is inf"),
         ("bionemo_model_config: {initial_ckpt_path: 3}", "not a text"),
         ("bionemo_model_config: {initial_ckpt_path: /a, nemo1_ckpt_path: /b}", "one of them"),
         (

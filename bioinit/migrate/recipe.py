@@ -7,6 +7,7 @@ is carried over; the others belong to whoever trains, and are kept as remarks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,10 @@ class _Recipe:
         for ours, value in self.fields.items():
             theirs = named.get(ours, ours)
             said = f"{MODEL}.{theirs}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(
+                    f"{run.where}: {said} is {value}, and no model has that. Correct it."
+                )
             why = said if theirs in run.model else f"BioNeMo's default of {said}"
             if ours == "seq_length" and run.sections[DATA].get("seq_length") is not None:
                 why = f"{DATA}.seq_length, which BioNeMo puts in place of the model's"
