@@ -616,6 +616,7 @@ class Places(io.IOMixin):
         ([2, 1, 0], (0, 1, 2)),
         ([0, 1, 3], None),
         ([0, 2], None),
+        ([1, 2, "lost"], None),
         ([0, 1, "b"], None),
     ],
 )
@@ -623,7 +624,10 @@ def test_arguments_by_position_have_each_its_place(places, given, tmp_path):
     Places(0, 1).io_dump(tmp_path)
     document = json.loads((tmp_path / "io.json").read_text())
     document["objects"]["places_1"]["items"] = [
-        [f"Attr(name='{p}')" if p == "b" else f"Index(index={p})", {"type": "leaf", "value": p}]
+        [
+            f"Attr(name='{p}')" if isinstance(p, str) else f"Index(index={p})",
+            {"type": "leaf", "value": p},
+        ]
         for p in places
     ]
     (tmp_path / "io.json").write_text(json.dumps(document))
@@ -677,6 +681,11 @@ class Plan(io.IOMixin):
         pass
 
 
+class Signed:
+    def __init__(self, u: Unsaid):
+        pass
+
+
 ONLY_NAMED = {
     "a function": (add, lambda: Pair(add)),
     "a class": (Maker, lambda: Pair([Maker])),
@@ -686,6 +695,7 @@ ONLY_NAMED = {
     "what a partial calls": (add, lambda: Pair(functools.partial(add, 1))),
     "what a config of a function calls": (add, lambda: Pair(fdl.Config(add, 1, b=2))),
     "a default": (Unsaid, lambda: Pair(Plan)),
+    "what the signature of a value names": (Unsaid, lambda: Pair(Signed)),
 }
 
 
