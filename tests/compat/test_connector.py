@@ -4,6 +4,7 @@ The values of the tables are those of nemo-toolkit 2.2.1, on Python 3.11.
 """
 
 import copy
+import dataclasses
 import functools
 import importlib
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +351,11 @@ class Said:
         self.value = value
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    value: torch.Tensor
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -358,6 +365,8 @@ class Said:
         (1, True),
         (torch.zeros(2), torch.ones(2)),
         (Said([1]), Said([2])),
+        (deque([torch.tensor(1.00001)]), deque([torch.tensor(1.00002)])),
+        (Slotted(torch.zeros(1)), Slotted(torch.ones(1))),
         (np.arange(5000), np.arange(5000)[::-1]),
         (functools.partial(max, 1), functools.partial(max, 2)),
         ({"a", "b"}, {"a", "c"}),

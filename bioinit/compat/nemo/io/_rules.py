@@ -8,6 +8,7 @@ into. Nothing is imported or run for it, so a counter or a cache of theirs chang
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib.machinery
@@ -20,7 +21,7 @@ import sysconfig
 import threading
 import tokenize
 import uuid
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -33,9 +34,11 @@ import torch
 _INSTALLED = ("site-packages", "dist-packages")
 _OF_APPLY = "_bioinit_of_apply"
 _NOT_TOLD = ("address", "LOCK_TIMEOUT", _OF_APPLY)
-_SAYS_NOTHING = re.compile(r" at 0x[0-9a-fA-F]+")
+_AN_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_NOT_ALL = re.compile(r" at 0x|\.\.\.|tensor\(|array\(")
+"""What a text that says of a value less than there is has in it."""
 _Lock = type(threading.Lock()) | type(threading.RLock())
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, range)
 
 
 def rules_of(connector: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
@@ -178,7 +181,7 @@ class _Code:
         for name in value.__code__.co_names:
             used = value.__globals__.get(name)
             if isinstance(used, str | tuple | dict):  # a table of names
-                self._said[f" {name}", ""] = _SAYS_NOTHING.sub("", repr(used))
+                self._said[f" {name}", ""] = _AN_ADDRESS.sub("", repr(used))
             for inner in (used, *getattr(used, "__dict__", {}).values()):  # of a transform
                 self._add_typed(inner)
 
@@ -215,7 +218,7 @@ class _Told:
     def _add_object(self, value: Any) -> None:
         if isinstance(value, Mapping):
             self._add_each(part for item in value.items() for part in item)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, Sequence):
             self._add_each(iter(value))
         elif isinstance(value, Set):
             self._put(repr(sorted(self._alone(one) for one in value)))
@@ -241,9 +244,12 @@ class _Told:
         elif getattr(value, "__dict__", None):
             self._code.add_class(type(value))
             self._add_each(part for item in vars(value).items() for part in item)
-        else:  # what says nothing of itself is never the same
+        elif dataclasses.is_dataclass(value):  # with slots
+            self._code.add_class(type(value))
+            self._add_each(getattr(value, one.name, None) for one in dataclasses.fields(value))
+        else:  # what does not say all of itself is never the same
             said = repr(value)
-            self._put(uuid.uuid4().hex if _SAYS_NOTHING.search(said) else said)
+            self._put(uuid.uuid4().hex if _NOT_ALL.search(said) else said)
 
     def _add_each(self, values: Iterator[Any]) -> None:
         for value in values:
@@ -261,7 +267,14 @@ class _Told:
         self._put(f"{value.dtype} {tuple(value.shape)} {value.device.type == 'meta'}")
         if value.device.type != "meta":
             dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
-            dense = dense.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            dense = (
+                dense.to("cpu")
+                .resolve_conj()
+                .resolve_neg()
+                .contiguous()
+                .reshape(-1)
+                .view(torch.uint8)
+            )
             self._hash.update(dense.numpy().data)
 
     def _alone(self, value: Any) -> str:
