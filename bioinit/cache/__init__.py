@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bioinit.cache import use
 from bioinit.cache.content import Content, content_of, is_remembered
-from bioinit.cache.marker import is_made_of, mark, touch
+from bioinit.cache.marker import Marker, is_made_of, lacks, mark, touch
+from bioinit.cache.marker import read as read_marker
 from bioinit.cache.places import HOME, home, key_of, place_of
 from bioinit.cache.shelf import Kept, Removed, entries, prune, verify
 from bioinit.storage import Journal, Words, atomic_folder, disk_error, resumable_folder
@@ -28,6 +29,7 @@ __all__ = [
     "HOME",
     "Content",
     "Kept",
+    "Marker",
     "Removed",
     "content_of",
     "entries",
@@ -37,7 +39,9 @@ __all__ = [
     "keep",
     "keep_in_steps",
     "key_of",
+    "lacks",
     "prune",
+    "read_marker",
     "verify",
 ]
 

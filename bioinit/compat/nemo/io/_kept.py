@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from bioinit import cache
-from bioinit.cache.content import Content
-from bioinit.cache.marker import lacks, read
+from bioinit.cache import Content, lacks, read_marker
 from bioinit.compat.nemo._found import UNFINISHED, Unfinished, is_unfinished
 from bioinit.compat.nemo._hub import in_cache
 from bioinit.compat.nemo.io._rules import name_of, not_told, rules_of
@@ -158,7 +157,7 @@ def kept(
 
 def place_of(connector: Makes, place: Path) -> Path:
     """``place``, or one beside it if another source of the same name is kept there."""
-    note = read(place) if _is_made(place) else None
+    note = read_marker(place) if _is_made(place) else None
     name = str(connector)
     if note is None or note.made_of.get(_NAME) == name:
         return place
@@ -185,7 +184,7 @@ def _is_empty(place: Path) -> bool:
 
 def _is_broken(place: Path) -> bool:
     """Whether a note says that there was more."""
-    note = read(place) if _is_made(place) else None
+    note = read_marker(place) if _is_made(place) else None
     return note is not None and any(lacks(place, note))
 
 
@@ -195,7 +194,7 @@ def _fits(place: Path, made_of: Mapping[str, str]) -> bool:
 
 def _differing(place: Path, made_of: Mapping[str, str]) -> list[str]:
     """What of ``made_of`` was something else when ``place`` was made."""
-    note = read(place)
+    note = read_marker(place)
     if note is None:
         return ["its note"]
     found = []
