@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         is_distributed_ckpt,
     )
     from bioinit.compat.nemo.io.connector import ConnectorMixin
+    from bioinit.compat.nemo.io.pl import TrainerContext
     from bioinit.compat.nemo.restore import RestoreConfig
     from bioinit.compat.nemo.resume import AutoResume
 
@@ -28,6 +29,7 @@ __all__ = [
     "AutoResume",
     "ConnectorMixin",
     "RestoreConfig",
+    "TrainerContext",
     "ckpt_to_context_subdir",
     "ckpt_to_dir",
     "ckpt_to_weights_subdir",
@@ -44,6 +46,7 @@ __getattr__, __dir__ = later(
         ".ckpt_utils": "AdapterPath ckpt_to_context_subdir ckpt_to_dir ckpt_to_weights_subdir "
         "idempotent_path_append is_distributed_ckpt",
         ".io.connector": "ConnectorMixin",
+        ".io.pl": "TrainerContext",
         ".llm": "",
         ".restore": "RestoreConfig",
         ".resume": "AutoResume",
