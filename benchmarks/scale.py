@@ -123,8 +123,8 @@ def opened(folder: Path, targets: dict) -> tuple:
     from bioinit import families
     from bioinit.families.mixtral import FAMILY
     from bioinit.initialize.across import described_by
-    from bioinit.initialize.sides import solved
     from bioinit.mapping import Mapping, Names
+    from bioinit.sides import solved
     from bioinit.transforms.claims import expanded
 
     checkpoint = families.open_checkpoint(folder)
