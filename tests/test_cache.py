@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bioinit import cache
-from bioinit.cache import content, shelf, use
+from bioinit.cache import content, marker, shelf, use
 from bioinit.cli import main
 from bioinit.errors import CorruptCheckpoint, StorageError
 from bioinit.save import verify
@@ -453,6 +454,22 @@ def test_what_was_made_again_meanwhile_stays_and_what_cannot_be_removed_keeps_no
     with pytest.raises(StorageError, match="cannot remove"):
         cache.prune(older_than=300)
     assert [folder for folder in folders if folder.exists()] == [listed[0].path]
+
+
+def test_it_is_found_though_another_asks_for_it_at_the_same_time():
+    folder = kept(1)
+    done = threading.Event()
+
+    def touched() -> None:
+        while not done.is_set():
+            os.utime(folder / MADE_OF)
+
+    other = threading.Thread(target=touched)
+    other.start()
+    found = [marker.is_made_of(folder, {"number": "1"}) for _ in range(300)]
+    done.set()
+    other.join()
+    assert all(found)
 
 
 def test_being_asked_for_keeps_it_young():
