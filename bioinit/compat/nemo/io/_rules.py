@@ -37,6 +37,8 @@ _NOT_TOLD = ("address", "LOCK_TIMEOUT", _OF_APPLY)
 _AN_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NOT_ALL = re.compile(r" at 0x|\.\.\.|tensor\(|array\(")
 """What a text that says of a value less than there is has in it."""
+_PARSING = threading.Lock()
+"""Python 3.11 may fail with a SystemError where two threads parse at once."""
 _Lock = type(threading.Lock()) | type(threading.RLock())
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range)
 
@@ -316,7 +318,8 @@ def _read(path: Path, package: str) -> _Module | None:
     try:
         with tokenize.open(path) as file:
             text = file.read()
-        tree = ast.parse(text)
+        with _PARSING:
+            tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError):
         return None
     bound: dict[str, list[ast.stmt]] = {}
